@@ -1,0 +1,345 @@
+"""Trains the demo model from the Python standard library's source and writes it as a Hugging Face folder.
+
+    python tools/train_demo.py --work DIR --out src/flashformer/demo [--tokens 30.1e6] [--threads 2]
+
+About 4.2 M parameters, Llama architecture, byte-level BPE of 2048 tokens. The state goes to DIR every few
+minutes; the same command resumes it. Batches depend only on (seed, step), so a resumed run sees what an
+uninterrupted one would. Needs torch, tokenizers, safetensors and a C++ compiler (torch.compile).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import demo_corpus
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+
+D_MODEL, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM, D_FF = 256, 5, 4, 2, 64, 704
+VOCAB_SIZE, N_POS, NORM_EPS, ROPE_THETA = 2048, 512, 1e-5, 10000.0
+BATCH, PEAK_LR, WARMUP_STEPS, COOLDOWN, WEIGHT_DECAY, SEED = 8, 3e-3, 200, 0.4, 0.1, 20261121
+SPECIALS = ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>"]
+BOS, EOS = 0, 1
+
+# Words, numbers and punctuation keep the space that follows them, so that a prompt such as "def " ends
+# on a whole token; indentation is a token of its own.
+PIECES = r"\n+| +|[A-Za-z_]+ ?|[0-9]{1,3} ?|[^\sA-Za-z0-9_]+ ?|\s"
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|>{% else %}<|user|>{% endif %}"
+    "{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+# ---- data ---------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(texts, trainer)
+    tok.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", BOS)]
+    )
+    return tok
+
+
+class Data:
+    """All training files as one token stream, and the places where a sample may begin (line starts)."""
+
+    def __init__(self, tok: Tokenizer, texts: dict[demo_corpus.File, str]) -> None:
+        files = list(texts)
+        encoded = tok.encode_batch([texts[f] for f in files])
+        stream: list[int] = []
+        line_starts: list[int] = []
+        top_starts: list[int] = []
+        vocab = [tok.decode([i], skip_special_tokens=False) for i in range(tok.get_vocab_size())]
+        newline = np.array([set(v) == {"\n"} for v in vocab])
+        indent = np.array([v.startswith(" ") for v in vocab])
+        for file, enc in zip(files, encoded, strict=True):
+            ids = np.array([*enc.ids[1:], EOS, BOS])
+            begins = np.concatenate([[0], np.flatnonzero(newline[ids[:-3]]) + 1])
+            weight = 1 if file.is_test else 2  # the library proper is seen twice as often as its tests
+            line_starts += (begins + len(stream)).tolist() * weight
+            top_starts += (begins[~indent[ids[begins]]] + len(stream)).tolist() * weight
+            stream += ids.tolist()
+        self.stream = torch.tensor(stream + stream[: N_POS + 1])
+        self.starts = [torch.tensor(line_starts), torch.tensor(top_starts)]
+
+    def batch(self, step: int) -> Tensor:  # (BATCH, N_POS + 1) int64
+        rng = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+        rows = []
+        for i in range(BATCH):
+            starts = self.starts[i % 2]
+            begin = int(starts[int(torch.randint(len(starts), (1,), generator=rng))])
+            rows.append(torch.cat([torch.tensor([BOS]), self.stream[begin : begin + N_POS]]))
+        return torch.stack(rows)
+
+
+# ---- model: Llama, with Hugging Face's parameter names ---------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D_MODEL))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS) * self.weight
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(D_MODEL, N_HEADS * HEAD_DIM, bias=False)
+        self.k_proj = nn.Linear(D_MODEL, N_KV_HEADS * HEAD_DIM, bias=False)
+        self.v_proj = nn.Linear(D_MODEL, N_KV_HEADS * HEAD_DIM, bias=False)
+        self.o_proj = nn.Linear(N_HEADS * HEAD_DIM, D_MODEL, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        b, t, _ = x.shape
+
+        def heads(y: Tensor) -> Tensor:
+            return y.view(b, t, -1, HEAD_DIM).transpose(1, 2)
+
+        def rope(y: Tensor) -> Tensor:
+            a, c = y.float().chunk(2, -1)
+            return torch.cat([a * cos - c * sin, c * cos + a * sin], -1).to(y.dtype)
+
+        q, k, v = rope(heads(self.q_proj(x))), rope(heads(self.k_proj(x))), heads(self.v_proj(x))
+        group = N_HEADS // N_KV_HEADS
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(D_MODEL, D_FF, bias=False)
+        self.up_proj = nn.Linear(D_MODEL, D_FF, bias=False)
+        self.down_proj = nn.Linear(D_FF, D_MODEL, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(), RMSNorm()
+        self.self_attn, self.mlp = Attention(), MLP()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(VOCAB_SIZE, D_MODEL)
+        self.layers = nn.ModuleList([Layer() for _ in range(N_LAYERS)])
+        self.norm = RMSNorm()
+        inv_freq = ROPE_THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        angle = torch.arange(N_POS)[:, None] * inv_freq
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(
+                    p, std=0.02 if "o_proj" not in name and "down" not in name else 0.02 / math.sqrt(2 * N_LAYERS)
+                )
+
+    def forward(self, ids: Tensor) -> Tensor:  # (b, t) -> (b, t, vocab)
+        x = self.embed_tokens(ids).float()
+        t = ids.shape[1]
+        for layer in self.layers:
+            x = layer(x, self.cos[:t], self.sin[:t])
+        return F.linear(self.norm(x), self.embed_tokens.weight)
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(batch[:, :-1])
+    return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+
+def bits_per_byte(model: nn.Module, tok: Tokenizer, texts: list[str], limit_bytes: int) -> float:
+    """Held-out text in windows of N_POS tokens behind a BOS each, total bits over total bytes."""
+    bits, n_bytes = 0.0, 0
+    with torch.no_grad():
+        for text in texts:
+            ids = tok.encode(text).ids[1:]
+            for begin in range(0, len(ids), N_POS):
+                window = torch.tensor([[BOS, *ids[begin : begin + N_POS]]])
+                bits += float(loss_of(model, window).detach()) * (window.shape[1] - 1) / math.log(2)
+            n_bytes += len(text)
+            if n_bytes > limit_bytes:
+                break
+    return bits / n_bytes
+
+
+# ---- training -----------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, n_steps: int) -> float:
+    """Warm-up, plateau, linear cool-down to zero."""
+    return PEAK_LR * min((step + 1) / WARMUP_STEPS, 1.0, (n_steps - step) / (COOLDOWN * n_steps))
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
+    work: Path = args.work
+    work.mkdir(parents=True, exist_ok=True)
+    files = demo_corpus.pinned_files()
+    texts = demo_corpus.read_files([f for f in files if not f.held_out], strict=True)
+    held_out = list(demo_corpus.read_files([f for f in files if f.held_out], strict=True).values())
+    tok_path = work / "tokenizer.json"
+    if not tok_path.exists():
+        train_tokenizer(list(texts.values())).save(str(tok_path))
+    tok = Tokenizer.from_file(str(tok_path))
+    data = Data(tok, texts)
+    n_bytes = sum(map(len, texts.values()))
+    print(f"{len(texts)} files, {n_bytes / 1e6:.1f} MB, {len(data.stream) / 1e6:.2f} M tokens", flush=True)
+
+    model = Llama()
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+    state_path, step, seconds = work / "state.pt", 0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+        print(f"resumed at step {step}", flush=True)
+
+    def save_state() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+        torch.save(state, state_path.with_suffix(".tmp"))
+        state_path.with_suffix(".tmp").rename(state_path)
+
+    n_steps = math.ceil(args.tokens / (BATCH * N_POS))
+    compiled = torch.compile(loss_of)
+    last_save = last_log = time.monotonic()
+    losses: list[float] = []
+    while step < n_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, n_steps)
+        loss = compiled(model, data.batch(step))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        step += 1
+        if step % 100 == 0:
+            now = time.monotonic()
+            seconds += now - last_log
+            rate = 100 * BATCH * N_POS / (now - last_log)
+            last_log = now
+            print(f"step {step}/{n_steps} loss {sum(losses) / len(losses):.3f} {rate:.0f} tok/s", flush=True)
+            losses.clear()
+            if now - last_save > 180:
+                save_state()
+                last_save = now
+                bpb = bits_per_byte(model, tok, held_out, 60_000)
+                print(f"  held out {bpb:.3f} bits per byte", flush=True)
+    save_state()
+    figures = {
+        "held_out_bits_per_byte_fp32_weights": round(bits_per_byte(model, tok, held_out, 10**9), 4),
+        "training_tokens": n_steps * BATCH * N_POS,
+        "training_text_bytes": n_bytes,
+        "training_minutes": round(seconds / 60, 1),
+        "corpus_list_sha256": demo_corpus.list_digest(),
+        "seed": SEED,
+    }
+    export(model, tok, args.out, figures)
+
+
+def export(model: Llama, tok: Tokenizer, out: Path, figures: dict[str, float | int | str]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{k}": v.detach().to(torch.bfloat16).contiguous() for k, v in model.named_parameters()}
+    save_file(tensors, str(out / "model.safetensors"), metadata={"format": "pt"})
+    tok.save(str(out / "tokenizer.json"))
+
+    def write(name: str, value: object) -> None:
+        (out / name).write_text(json.dumps(value, indent=2) + "\n")
+
+    write(
+        "config.json",
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": D_MODEL,
+            "intermediate_size": D_FF,
+            "num_hidden_layers": N_LAYERS,
+            "num_attention_heads": N_HEADS,
+            "num_key_value_heads": N_KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "vocab_size": VOCAB_SIZE,
+            "max_position_embeddings": N_POS,
+            "rms_norm_eps": NORM_EPS,
+            "rope_theta": ROPE_THETA,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "torch_dtype": "bfloat16",
+        },
+    )
+    write("generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS})
+    write(
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|bos|>",
+            "eos_token": "<|eos|>",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": N_POS,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    write("training.json", figures)
+    print(json.dumps(figures, indent=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("src/flashformer/demo"))
+    parser.add_argument("--tokens", type=float, default=30.1e6)
+    parser.add_argument("--threads", type=int, default=2)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
