@@ -1,0 +1,25 @@
+"""Every FLASHFORMER_* environment variable, read in this one place."""
+
+from __future__ import annotations
+
+import os
+
+from .errors import RequestError
+
+ISAS = ("portable", "avx2", "avx512", "neon")
+
+
+def isa() -> str | None:
+    """FLASHFORMER_ISA: the instruction set to use instead of the best one this CPU has."""
+    value = os.environ.get("FLASHFORMER_ISA")
+    if value is not None and value not in ISAS:
+        raise RequestError(f"FLASHFORMER_ISA={value!r}: expected one of {', '.join(ISAS)}")
+    return value
+
+
+def delays() -> int:
+    """FLASHFORMER_DELAYS: seed of random delays in the thread team, 0 for none. A test hook."""
+    value = os.environ.get("FLASHFORMER_DELAYS", "0")
+    if not value.isdecimal() or int(value) >= 2**64:
+        raise RequestError(f"FLASHFORMER_DELAYS={value!r}: expected an integer from 0 to 2^64 - 1")
+    return int(value)
