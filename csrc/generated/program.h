@@ -1,0 +1,108 @@
+// Written by tools/generate.py from src/flashformer/program/{ops,records}.py and formats.py. Do not edit.
+#pragma once
+
+#include <cstdint>
+
+namespace flashformer {
+
+enum class Op : int64_t {
+  kEmbed = 0,  // embedding row -> residual
+  kQkv = 1,  // norm, q k v products, bias, rope, KV append
+  kAttend = 2,  // scores, exp, weighted values of one key chunk
+  kOProj = 3,  // merge chunks, product, residual +=
+  kGateUp = 4,  // norm, gate and up products, activation
+  kDown = 5,  // product, residual +=
+  kLmHead = 6,  // norm, product, best token of the span
+  kSample = 7,  // best token of all workers
+};
+
+enum class Format : int64_t {
+  kF32 = 0,
+  kBf16 = 1,
+};
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kKeyChunk = 256;
+constexpr int64_t kMaxHeadRows = 16;
+constexpr int64_t kEmbedBlock = 64;
+constexpr int64_t kPad = 64;
+constexpr int64_t kScoreRows = 4;
+
+struct Model {
+  int64_t n_workers;
+  int64_t n_phases;
+  int64_t head_begin;
+  int64_t rows;
+  int64_t streams;
+  int64_t ctx;
+  int64_t ctx_padded;
+  int64_t chunks;
+  int64_t d_model;
+  int64_t d_model_stride;
+  int64_t query_stride;
+  int64_t hidden_stride;
+  int64_t vocab_size;
+  int64_t logits_stride;
+  int64_t n_heads_max;
+  int64_t partial_stride;
+  int64_t n_layers;
+  int64_t weight_format;
+  int64_t kv_format;
+  int64_t exact;
+  int64_t embed_offset;
+  int64_t embed_phase;
+  int64_t residual;
+  int64_t query;
+  int64_t partial;
+  int64_t hidden;
+  int64_t logits;
+  int64_t candidates;
+  int64_t tokens;
+  int64_t rope;
+  int64_t scratch;
+  int64_t scratch_bytes;
+  int64_t input_stride;
+  int64_t work_bytes;
+};
+static_assert(sizeof(Model) == 272);
+
+struct Phase {
+  int64_t op;
+  int64_t layer;
+  int64_t n_units;
+  int64_t matrix;
+  int64_t tile_bytes;
+  int64_t vectors;
+  int64_t k;
+  int64_t k_padded;
+  int64_t n_out;
+  int64_t norm;
+  int64_t bias;
+  int64_t n_heads;
+  int64_t n_kv_heads;
+  int64_t head_dim;
+  int64_t head_dim_padded;
+  int64_t d_ff;
+  int64_t keys;
+  int64_t values;
+  double norm_eps;
+  double attention_scale;
+};
+static_assert(sizeof(Phase) == 160);
+
+struct Span {
+  int64_t begin;
+  int64_t end;
+  int64_t step;
+  int64_t wait;
+};
+static_assert(sizeof(Span) == 32);
+
+struct TapeItem {
+  int64_t phase;
+  int64_t begin;
+  int64_t end;
+};
+static_assert(sizeof(TapeItem) == 24);
+
+}  // namespace flashformer

@@ -1,0 +1,199 @@
+"""The Program: pure data that every backend executes and `check` proves. Nothing here computes.
+
+    phases  what all workers do between two hand-offs, in order; `head_begin` cuts off lm_head and sample
+    spans   which units of a phase a worker executes
+    waits   how many arrivals must have been counted before a worker starts a phase
+    tapes   the byte ranges of the packed weights that a worker reads, in order
+    memory  the buffers, their shapes and sizes
+
+The weights are one region: packed tiles in phase order, then the embedding rows unless tied, then fp32 vectors.
+
+Every worker arrives once at the end of every phase, whether its span is empty or not. Arrivals of all workers
+are counted in one number that starts at 0 in every forward; `waits[w]` is compared with it. The forward is
+over when all `n_workers * n_phases` arrivals are counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ..formats import Format
+from ..model.spec import ModelSpec
+
+LANES = 16  # outputs in a vector
+KEY_CHUNK = 256  # absolute key positions per attention chunk
+MAX_HEAD_ROWS = 16  # rows of one forward that may want a token or logits
+
+
+class Op(StrEnum):
+    EMBED = "embed"
+    QKV = "qkv"
+    ATTEND = "attend"
+    O_PROJ = "o_proj"
+    GATE_UP = "gate_up"
+    DOWN = "down"
+    LM_HEAD = "lm_head"
+    SAMPLE = "sample"
+
+
+class Space(StrEnum):
+    """What phases hand to each other; ops.py says in which coordinate. Row widths are padded (memory.py)."""
+
+    RESIDUAL = "residual"  # (rows, d_model) f32
+    QUERY = "query"  # (rows, n_heads * head_dim) f32, rotated
+    KV = "kv"  # (layers, streams, n_kv_heads, ctx, head_dim) keys and values in the KV format
+    PARTIAL = "partial"  # (rows, n_heads, chunks, head_dim) f32 weighted values of one chunk, max and sum behind
+    HIDDEN = "hidden"  # (rows, d_ff) f32
+    LOGITS = "logits"  # (MAX_HEAD_ROWS, vocab_size) f32
+    CANDIDATES = "candidates"  # (workers, MAX_HEAD_ROWS) best score f32 and its token id i32
+    TOKENS = "tokens"  # (MAX_HEAD_ROWS) i32, the result
+
+
+@dataclass(frozen=True)
+class Span:
+    """Units begin, begin + step, ... below end. Products use step 1, so that a worker reads one byte range."""
+
+    begin: int
+    end: int
+    step: int = 1
+
+    def __len__(self) -> int:
+        return len(range(self.begin, self.end, self.step))
+
+
+class Order(StrEnum):
+    """How packed outputs follow from the rows of the stacked sources."""
+
+    PLAIN = "plain"
+    PAIRS = "pairs"  # within each head of the first `paired` rows: i, i + head_dim/2 adjacent
+    ALTERNATE = "alternate"  # 16 rows of the first source, 16 of the second, ...
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix as tiles of `vectors * 16` outputs with all of k, in the order in which a worker reads it.
+
+    Packed output o (0 <= o < n_tiles * vectors * 16) is source row `row_map(matrix)[o]` of the vertically
+    stacked sources, or padding where that is -1 (see pack.py).
+    """
+
+    roles: tuple[str, ...]  # tensors stacked to form it, e.g. ("layers.0.q", "layers.0.k", "layers.0.v")
+    n_out: int  # rows of the stacked sources
+    k: int  # elements per row
+    format: Format
+    vectors: int  # vectors of 16 outputs per tile
+    n_tiles: int
+    offset: int  # bytes from the start of the packed weights, a multiple of 64
+    order: Order = Order.PLAIN
+    head_dim: int = 0  # of PAIRS
+    paired: int = 0  # of PAIRS: source rows that are rotated heads; the rest stay as they are
+
+    @property
+    def tile_outputs(self) -> int:
+        return self.vectors * LANES
+
+    @property
+    def k_padded(self) -> int:
+        return -(-self.k // self.format.k_group) * self.format.k_group
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.tile_outputs * self.k_padded * self.format.element_bytes
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_tiles * self.tile_bytes
+
+
+@dataclass(frozen=True)
+class Vector:
+    """fp32 values behind the packed tiles: a norm's weight, or biases stacked and in packed output order."""
+
+    roles: tuple[str, ...]
+    length: int  # floats, padded with zeros to a multiple of 64
+    offset: int  # bytes from the start of the weights
+
+
+@dataclass(frozen=True)
+class Phase:
+    op: Op
+    layer: int  # -1 outside the layers
+    n_units: int  # tiles of a product; units as defined in ops.py otherwise
+    matrix: PackedMatrix | None  # None: the phase reads no tile
+    spans: tuple[Span, ...]  # (n_workers)
+    waits: tuple[int, ...]  # (n_workers) arrivals
+    norm: Vector | None = None  # weight of the RMS norm at the input, and its epsilon
+    norm_eps: float = 0.0
+    bias: Vector | None = None
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A shared buffer of activations or state. `offset` counts from the start of the arena that holds it."""
+
+    space: Space
+    shape: tuple[int, ...]
+    element_bytes: int
+    offset: int
+
+    @property
+    def n_bytes(self) -> int:
+        n = self.element_bytes
+        for d in self.shape:
+            n *= d
+        return n
+
+
+@dataclass(frozen=True)
+class TapeItem:
+    """One byte range of the packed weights, read once per forward by one worker."""
+
+    phase: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a Program is made for."""
+
+    n_workers: int
+    weight_format: Format
+    kv_format: Format
+    rows: int  # most rows of one forward (prompt_chunk, at least MAX_HEAD_ROWS)
+    streams: int
+    ctx: int  # positions per slot
+    exact: bool = False  # activations stay fp32 at the input of products
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes allocated at load; nothing is allocated later."""
+
+    weights_bytes: int  # packed tiles, embedding rows if not tied, norms and biases
+    kv_bytes: int
+    buffers: tuple[Buffer, ...]
+    scratch_bytes: int  # private to one worker
+    rope_bytes: int
+    buffers_bytes: int  # buffers + scratch of all workers + rope table
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.buffers_bytes
+
+
+@dataclass(frozen=True)
+class Program:
+    spec: ModelSpec
+    target: Target
+    phases: tuple[Phase, ...]
+    head_begin: int  # phases[:head_begin] is the forward in which no row wants anything
+    tapes: tuple[tuple[TapeItem, ...], ...]  # (n_workers), whole forward; items of phases >= head_begin come last
+    packed_bytes: int  # tiles of all phases, at the start of the weights
+    embed_offset: int  # byte offset in the weights of the embedding rows; -1: tied, gathered from lm_head's tiles
+    memory: Memory
+
+    def final_wait(self, n_phases: int) -> int:
+        """Arrivals after which a forward of the first `n_phases` phases is over."""
+        return self.target.n_workers * n_phases

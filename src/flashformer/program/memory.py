@@ -1,0 +1,71 @@
+"""Everything allocated at load: buffers between phases, KV cache, scratch, rope table. Nothing is allocated later."""
+
+from __future__ import annotations
+
+from ..model.spec import LayerSpec, ModelSpec
+from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Memory, Space, Target
+from .lower import padded
+from .ops import n_chunks
+from .split import tile_vectors
+
+SCORE_ROWS = 4  # (row, head) pairs that attention takes at once
+
+
+def ctx_padded(ctx: int) -> int:
+    """Keys are stored in blocks of 16 positions."""
+    return -(-ctx // LANES) * LANES
+
+
+def head_dim_padded(layer: LayerSpec) -> int:
+    """Values are stored in whole vectors."""
+    return -(-layer.head_dim // LANES) * LANES
+
+
+def layer_kv_elements(layer: LayerSpec, target: Target) -> int:
+    """Keys (streams, n_kv_heads, ctx/16, head_dim, 16), then values (streams, n_kv_heads, ctx, head_dim padded)."""
+    per_position = layer.head_dim + head_dim_padded(layer)
+    elements = target.streams * layer.n_kv_heads * ctx_padded(target.ctx) * per_position
+    return padded(elements)
+
+
+def input_stride(spec: ModelSpec) -> int:
+    """Elements between rows of a product's input; no power of two, so that rows fall into different cache sets."""
+    return max([padded(spec.d_model), *(padded(max(la.q_width, la.d_ff)) for la in spec.layers)]) + 2 * LANES
+
+
+def scratch_bytes(spec: ModelSpec, target: Target) -> int:
+    """Private to a worker: the input of a product (rows, k), tile sums (rows, 64), scores (SCORE_ROWS, 256); f32."""
+    return 4 * (target.rows * (input_stride(spec) + 4 * LANES) + SCORE_ROWS * KEY_CHUNK)
+
+
+def plan_memory(spec: ModelSpec, target: Target, weights_bytes: int) -> Memory:
+    layers, rows, chunks = spec.layers, target.rows, n_chunks(target.ctx)
+    heads = max(la.n_heads for la in layers)
+    head_dim = max(head_dim_padded(la) for la in layers)
+    head_vectors = tile_vectors(spec.vocab_size)
+    vocab = -(-spec.vocab_size // (head_vectors * LANES)) * head_vectors * LANES
+    shapes: list[tuple[Space, tuple[int, ...], int]] = [
+        (Space.RESIDUAL, (rows, padded(spec.d_model)), 4),
+        (Space.QUERY, (rows, padded(max(la.q_width for la in layers))), 4),
+        (Space.PARTIAL, (rows * heads * chunks, head_dim + 2), 4),
+        (Space.HIDDEN, (rows, padded(max(la.d_ff for la in layers))), 4),
+        (Space.LOGITS, (MAX_HEAD_ROWS, vocab), 4),
+        (Space.CANDIDATES, (target.n_workers, MAX_HEAD_ROWS), 8),
+        (Space.TOKENS, (MAX_HEAD_ROWS,), 4),
+    ]
+    buffers: list[Buffer] = []
+    end = 0
+    for space, shape, element_bytes in shapes:
+        buffers.append(Buffer(space, shape, element_bytes, end))
+        end += -(-buffers[-1].n_bytes // 64) * 64
+    rope = target.ctx * max(la.head_dim for la in layers) * 4
+    rope = -(-rope // 64) * 64
+    scratch = scratch_bytes(spec, target)
+    return Memory(
+        weights_bytes=weights_bytes,
+        kv_bytes=sum(layer_kv_elements(la, target) for la in layers) * target.kv_format.element_bytes,
+        buffers=tuple(buffers),
+        scratch_bytes=scratch,
+        rope_bytes=rope,
+        buffers_bytes=end + rope + scratch * target.n_workers,
+    )

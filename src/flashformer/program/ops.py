@@ -1,0 +1,195 @@
+"""The op table: for each op what a worker reads and writes when it executes a span, and what that costs.
+
+A region is an interval of one buffer in that buffer's own coordinate:
+
+    RESIDUAL    column of the residual                 [0, d_model)
+    QUERY       packed output of the qkv product       [0, q_width)          pairs (i, i + head_dim/2) adjacent
+    KV          layer * 2 * kv_width + column; keys in packed order, then values
+    PARTIAL     attention unit                         [0, n_units)
+    HIDDEN      column                                 [0, d_ff)
+    LOGITS      token id                               [0, vocab_size)
+    CANDIDATES  worker                                 [0, n_workers)
+    TOKENS      head row                               [0, MAX_HEAD_ROWS)
+
+All rows of a forward are always meant. Units: a product's unit is a tile; embed's is a block of EMBED_BLOCK
+columns; sample's is a head row (the i-th row that wants something); attend's is (chunk, group, kv head),
+flattened as (chunk * streams + group) * n_kv_heads + kv_head, where a group is a run of rows of one slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..model.spec import LayerSpec
+from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Op, Phase, Program, Space, Span, Target
+
+EMBED_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Region:
+    """Coordinates begin, begin + step, ... below end of one buffer."""
+
+    space: Space
+    begin: int
+    end: int
+    step: int = 1
+
+
+Regions = Callable[[Program, Phase, int], tuple[Region, ...]]  # of (program, phase, worker)
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    """`has_matrix`: the units are tiles of `phase.matrix`."""
+
+    op: Op
+    code: int  # the number native code knows it by
+    does: str
+    has_matrix: bool
+    reads: Regions
+    writes: Regions
+
+
+def n_chunks(ctx: int) -> int:
+    return -(-ctx // KEY_CHUNK)
+
+
+def attend_units(layer: LayerSpec, target: Target) -> int:
+    return n_chunks(target.ctx) * target.streams * layer.n_kv_heads
+
+
+def _whole(space: Space, end: int) -> tuple[Region, ...]:
+    return (Region(space, 0, end),)
+
+
+def _clipped(space: Space, begin: int, end: int, limit: int) -> tuple[Region, ...]:
+    return (Region(space, begin, min(end, limit)),) if begin < min(end, limit) else ()
+
+
+def _layer(program: Program, phase: Phase) -> LayerSpec:
+    return program.spec.layers[phase.layer]
+
+
+def _outputs(phase: Phase, worker: int) -> tuple[int, int]:
+    """Packed outputs [begin, end) of a worker's tiles."""
+    assert phase.matrix is not None
+    span, width = phase.spans[worker], phase.matrix.tile_outputs
+    return (span.begin * width, span.end * width) if len(span) else (0, 0)
+
+
+def _residual_all(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    return _whole(Space.RESIDUAL, program.spec.d_model)
+
+
+def _residual_outputs(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    return _clipped(Space.RESIDUAL, *_outputs(phase, worker), program.spec.d_model)
+
+
+def _nothing(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    return ()
+
+
+def _embed_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    span: Span = phase.spans[worker]
+    return _clipped(Space.RESIDUAL, span.begin * EMBED_BLOCK, span.end * EMBED_BLOCK, program.spec.d_model)
+
+
+def kv_base(program: Program, layer: int) -> int:
+    return sum(2 * spec.kv_width for spec in program.spec.layers[:layer])
+
+
+def _qkv_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    layer, (begin, end) = _layer(program, phase), _outputs(phase, worker)
+    base = kv_base(program, phase.layer)
+    kv_begin, kv_end = max(begin - layer.q_width, 0), end - layer.q_width
+    kv = _clipped(Space.KV, kv_begin, kv_end, 2 * layer.kv_width)
+    return _clipped(Space.QUERY, begin, end, layer.q_width) + tuple(
+        Region(Space.KV, base + r.begin, base + r.end) for r in kv
+    )
+
+
+def _attend_reads(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    layer, base = _layer(program, phase), kv_base(program, phase.layer)
+    return (Region(Space.QUERY, 0, layer.q_width), Region(Space.KV, base, base + 2 * layer.kv_width))
+
+
+def _attend_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    span = phase.spans[worker]
+    return (Region(Space.PARTIAL, span.begin, span.end, span.step),) if len(span) else ()
+
+
+def _o_proj_reads(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    units = attend_units(_layer(program, phase), program.target)
+    return _whole(Space.PARTIAL, units) + _residual_outputs(program, phase, worker)
+
+
+def _gate_up_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    begin, end = _outputs(phase, worker)
+    return _clipped(Space.HIDDEN, begin // 2, end // 2, _layer(program, phase).d_ff)
+
+
+def _down_reads(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    return _whole(Space.HIDDEN, _layer(program, phase).d_ff) + _residual_outputs(program, phase, worker)
+
+
+def _lm_head_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    logits = _clipped(Space.LOGITS, *_outputs(phase, worker), program.spec.vocab_size)
+    return (*logits, Region(Space.CANDIDATES, worker, worker + 1))
+
+
+def _sample_reads(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    return _whole(Space.CANDIDATES, program.target.n_workers)
+
+
+def _sample_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    span = phase.spans[worker]
+    return (Region(Space.TOKENS, span.begin, span.end, span.step),) if len(span) else ()
+
+
+OPS = {
+    info.op: info
+    for info in (
+        OpInfo(Op.EMBED, 0, "embedding row -> residual", False, _nothing, _embed_writes),
+        OpInfo(Op.QKV, 1, "norm, q k v products, bias, rope, KV append", True, _residual_all, _qkv_writes),
+        OpInfo(Op.ATTEND, 2, "scores, exp, weighted values of one key chunk", False, _attend_reads, _attend_writes),
+        OpInfo(Op.O_PROJ, 3, "merge chunks, product, residual +=", True, _o_proj_reads, _residual_outputs),
+        OpInfo(Op.GATE_UP, 4, "norm, gate and up products, activation", True, _residual_all, _gate_up_writes),
+        OpInfo(Op.DOWN, 5, "product, residual +=", True, _down_reads, _residual_outputs),
+        OpInfo(Op.LM_HEAD, 6, "norm, product, best token of the span", True, _residual_all, _lm_head_writes),
+        OpInfo(Op.SAMPLE, 7, "best token of all workers", False, _sample_reads, _sample_writes),
+    )
+}
+
+
+def written_extent(program: Program, phase: Phase) -> dict[Space, tuple[int, int]]:
+    """What all workers together must write: the interval of each buffer that the phase produces."""
+    spec = program.spec
+    match phase.op:
+        case Op.EMBED | Op.O_PROJ | Op.DOWN:
+            return {Space.RESIDUAL: (0, spec.d_model)}
+        case Op.QKV:
+            layer, base = _layer(program, phase), kv_base(program, phase.layer)
+            return {Space.QUERY: (0, layer.q_width), Space.KV: (base, base + 2 * layer.kv_width)}
+        case Op.ATTEND:
+            return {Space.PARTIAL: (0, attend_units(_layer(program, phase), program.target))}
+        case Op.GATE_UP:
+            return {Space.HIDDEN: (0, _layer(program, phase).d_ff)}
+        case Op.LM_HEAD:
+            return {Space.LOGITS: (0, spec.vocab_size), Space.CANDIDATES: (0, program.target.n_workers)}
+        case Op.SAMPLE:
+            return {Space.TOKENS: (0, MAX_HEAD_ROWS)}
+
+
+def bytes_read(phase: Phase, worker: int) -> int:
+    """Packed-weight bytes that a worker reads in this phase."""
+    return phase.matrix.tile_bytes * len(phase.spans[worker]) if phase.matrix else 0
+
+
+def flops(phase: Phase, rows: int) -> int:
+    """Multiply-adds count as two; products only."""
+    return 2 * rows * phase.matrix.n_out * phase.matrix.k if phase.matrix else 0
+
+
+assert EMBED_BLOCK % LANES == 0

@@ -1,0 +1,61 @@
+"""Writes csrc/generated/program.h from the Python definitions it mirrors; `--check` only compares."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+from flashformer.formats import FORMATS
+from flashformer.program.ops import OPS
+from flashformer.program.records import CONSTANTS, RECORDS
+
+HEADER = Path(__file__).parents[1] / "csrc" / "generated" / "program.h"
+C_TYPES = {"<i8": "int64_t", "<f8": "double"}
+
+
+def camel(name: str) -> str:
+    return "k" + re.sub(r"(?:^|_)(\w)", lambda m: m[1].upper(), name)
+
+
+def generate() -> str:
+    lines = [
+        "// Written by tools/generate.py from src/flashformer/program/{ops,records}.py and formats.py. Do not edit.",
+        "#pragma once",
+        "",
+        "#include <cstdint>",
+        "",
+        "namespace flashformer {",
+        "",
+        "enum class Op : int64_t {",
+        *(f"  {camel(info.op)} = {info.code},  // {info.does}" for info in OPS.values()),
+        "};",
+        "",
+        "enum class Format : int64_t {",
+        *(f"  {camel(fmt.name)} = {fmt.code}," for fmt in FORMATS.values()),
+        "};",
+        "",
+        *(f"constexpr int64_t {name} = {value};" for name, value in CONSTANTS.items()),
+    ]
+    for name, dtype in RECORDS.items():
+        fields = dict(dtype.fields or {})
+        lines += ["", f"struct {name} {{"]
+        lines += [f"  {C_TYPES[fields[f][0].str]} {f};" for f in dtype.names or ()]
+        lines += ["};", f"static_assert(sizeof({name}) == {dtype.itemsize});"]
+    return "\n".join([*lines, "", "}  // namespace flashformer", ""])
+
+
+def main() -> None:
+    text = generate()
+    if sys.argv[1:] == ["--check"]:
+        if not HEADER.exists() or HEADER.read_text() != text:
+            raise SystemExit(f"{HEADER.name} is stale: run python tools/generate.py")
+        return
+    HEADER.parent.mkdir(exist_ok=True)
+    HEADER.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
