@@ -1,0 +1,154 @@
+"""The proof of sound Programs, what it says about unsound ones, and its scale. Mutants are in test_mutants.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import conflicts, goes_wrong, program, spec, with_phase, with_wait
+
+from flashformer.check import CheckedProgram, check, findings
+from flashformer.check.arrivals import schedule
+from flashformer.errors import ProgramError
+from flashformer.formats import BF16, F32
+from flashformer.program.ir import Space, Span
+from flashformer.program.ops import bytes_read, written_extent
+
+
+@settings(max_examples=60)
+@given(
+    st.builds(
+        lambda groups, kv_heads, half, **widths: spec(
+            n_heads=groups * kv_heads, n_kv_heads=kv_heads, head_dim=2 * half, **widths
+        ),
+        groups=st.integers(1, 4),
+        kv_heads=st.integers(1, 3),
+        half=st.integers(1, 40),
+        n_layers=st.integers(1, 3),
+        d_model=st.integers(1, 400),
+        d_ff=st.integers(1, 700),
+        vocab_size=st.integers(1, 1500),
+        bias=st.booleans(),
+        tied=st.booleans(),
+    ),
+    st.integers(1, 40),
+    st.sampled_from((F32, BF16)),
+    st.integers(1, 700),
+    st.integers(1, 16),
+)
+def test_built_programs_are_proved(model, n_workers, fmt, ctx, streams) -> None:  # type: ignore[no-untyped-def]
+    assert findings(program(model, n_workers, fmt=fmt, ctx=ctx, streams=streams)) == []
+
+
+def test_what_was_proved_is_counted() -> None:
+    sound = program(spec(n_layers=2), 3)
+    checked = check(sound)
+    assert isinstance(checked, CheckedProgram)
+    assert checked.program is sound
+    n_phases = 13
+    n_tiles = sum(phase.matrix.n_tiles for phase in sound.phases if phase.matrix)
+    regions = sum(len(written_extent(sound, phase)) for phase in sound.phases)
+    assert len(sound.phases) == n_phases
+    assert checked.proved["tiles"] == n_tiles
+    assert checked.proved["order"] == n_phases * (n_phases - 1) // 2 * 6 + n_phases * 3
+    assert checked.proved["progress"] == 3 * (n_phases + n_phases - 2) + 2
+    assert checked.proved["balance"] == 9
+    assert regions <= checked.proved["coverage"] <= 3 * regions + 6  # qkv may straddle queries and KV
+
+
+def test_the_search_in_these_tests_finds_nothing_in_sound_programs() -> None:
+    for n_workers in (1, 2, 4):
+        sound = program(spec(), n_workers)
+        assert not goes_wrong(sound)
+        assert (len(conflicts(sound)) > 0) == (n_workers > 1)
+
+
+def test_missing_edge_is_named() -> None:
+    sound = program(spec(n_layers=2), 3)
+    mutant = with_wait(sound, 9, 1, 24)  # gate_up of layer 1, a phase early
+    message = "\n".join(map(str, findings(mutant)))
+    assert "order: phase 8 (o_proj, layer 1) worker 0 writes and phase 9 (gate_up, layer 1) worker 1 reads" in message
+    assert "residual[0, 48): missing edge 8 -> 9: worker 1 enters phase 9 after 24 arrivals" in message
+    assert "26 can be counted while worker 0 is still in phase 8; a wait of at least 27 is needed" in message
+    with pytest.raises(ProgramError, match=r"failed its proof, \d+ findings:\n  order: phase 8") as caught:
+        check(mutant)
+    assert "please report it" in str(caught.value)
+
+
+def test_overlap_within_a_phase_is_named() -> None:
+    sound = program(spec(d_model=144), 3)
+    down = sound.phases[5]
+    spans = (Span(0, down.spans[0].end + 1), *down.spans[1:])
+    message = "\n".join(map(str, findings(with_phase(sound, 5, spans=spans))))
+    width = down.matrix.tile_outputs if down.matrix else 0
+    first = down.spans[0].end * width
+    assert f"coverage: phase 5 (down, layer 0): unit {down.spans[0].end} of {down.n_units} is executed by" in message
+    assert f"residual[{first}] is written by worker 0 by [0, {first + width})" in message
+
+
+def test_wait_that_nobody_can_satisfy_is_named() -> None:
+    message = "\n".join(map(str, findings(with_wait(program(spec(), 3), 4, 2, 15))))
+    assert (
+        "progress: forward with the head: phase 4 (gate_up, layer 0) worker 2 waits for 15 arrivals, but only 14"
+        in message
+    )
+    assert "the end waits for 24 arrivals, but 14 are counted" in message
+
+
+def test_forward_without_the_head_is_proved_too() -> None:
+    """A wait that only arrivals in the head can satisfy: workers 1 and 2 go ahead, worker 0 follows."""
+    two = program(spec(), 2)
+    n_phases, head = len(two.phases), two.head_begin
+    waits = [(0, 0)] * head + [(0, 0)] * (n_phases - head)
+    waits[head - 1] = (n_phases, 0)  # worker 0 enters the last phase before the head when worker 1 is past it
+    phases = tuple(dataclasses.replace(p, waits=w) for p, w in zip(two.phases, waits, strict=True))
+    assert schedule(phases).arrivals() == 2 * n_phases
+    assert schedule(phases[:head]).arrivals() == 2 * head
+    waits[head - 1] = (head - 1 + n_phases, 0)
+    phases = tuple(dataclasses.replace(p, waits=w) for p, w in zip(two.phases, waits, strict=True))
+    assert schedule(phases).arrivals() == 2 * n_phases
+    assert schedule(phases[:head]).arrivals() == 2 * head - 1
+    found = findings(dataclasses.replace(two, phases=phases))
+    progress = [finding.message for finding in found if finding.rule == "progress"]
+    assert any("forward without the head: phase 5 (down, layer 0) worker 0" in message for message in progress)
+    assert not any("forward with the head" in message for message in progress)
+
+
+def test_balance_of_a_real_shape() -> None:
+    """Recomputed here from the tapes: every boundary within a tile, totals within 1 percent or one tile."""
+    n_workers = 7
+    sound = program(spec(n_layers=3, d_model=512, n_heads=8, head_dim=64, d_ff=1408, vocab_size=8000), n_workers)
+    assert findings(sound) == []
+    for head in (False, True):
+        n_phases = len(sound.phases) if head else sound.head_begin
+        totals = [0] * n_workers
+        for index, phase in enumerate(sound.phases[:n_phases]):
+            for worker, tape in enumerate(sound.tapes):
+                read = sum(item.end - item.begin for item in tape if item.phase == index)
+                assert read == bytes_read(phase, worker)
+                totals[worker] += read
+            if phase.matrix and phase.n_units >= n_workers:
+                assert max(totals) - min(totals) <= phase.matrix.tile_bytes
+        last = next(phase.matrix.tile_bytes for phase in reversed(sound.phases[:n_phases]) if phase.matrix)
+        assert max(totals) - min(totals) <= max(0.01 * sum(totals) / n_workers, last)
+
+
+def test_scale() -> None:
+    """32 layers on 132 workers: 163 phases, 21,516 tasks, 230 million pairs. Few runs of the counter prove them."""
+    model = spec(n_layers=32, d_model=4096, n_heads=32, n_kv_heads=8, head_dim=128, d_ff=14336, vocab_size=128256)
+    sound = program(model, 132, ctx=8192, streams=8)
+    checked = check(sound)
+    assert len(sound.phases) == 163
+    assert checked.proved["order"] == 132 * 131 * 163**2 // 2
+    plan = schedule(sound.phases)
+    assert plan.levels.shape == (1, 163)  # all workers in one class: one run per phase
+    late = with_wait(sound, 80, 131, sound.phases[80].waits[131] - 1)
+    assert any(finding.rule == "order" and "worker 131" in finding.message for finding in findings(late))
+
+
+def test_kv_regions_of_layers_are_apart() -> None:
+    sound = program(spec(n_layers=3), 2)
+    ranges = [written_extent(sound, phase).get(Space.KV) for phase in sound.phases]
+    assert [r for r in ranges if r] == [(0, 56), (56, 112), (112, 168)]  # 2 heads of 14, keys and values

@@ -1,0 +1,212 @@
+"""The checker, tested by damaging sound Programs: every mutant is found, or harmless for a reason that is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from programs import conflicts, goes_wrong, program, spec, wait_mutants, with_phase, with_wait
+
+from flashformer.check import findings
+from flashformer.program import Program
+from flashformer.program.ir import Span
+from flashformer.program.tape import make_tapes
+
+SHAPES = {
+    "one-layer": spec(),
+    "two-layers-biases": spec(n_layers=2, d_model=144, d_ff=40, n_heads=3, n_kv_heads=1, head_dim=16, bias=True),
+    "tied": spec(d_model=80, vocab_size=40, tied=True),
+}
+WORKERS = (1, 2, 3, 4, 5)
+
+cases = pytest.mark.parametrize(
+    ("shape", "n_workers"), [(shape, n) for shape in SHAPES for n in WORKERS], ids=lambda value: str(value)
+)
+
+
+def nothing_to_hand_over(sound: Program, p: int, w: int) -> bool:
+    """Under full barriers, what a smaller wait of worker w before phase p lets meet.
+
+    Worker w has finished p - 1 itself, so one other worker v may still be in it. The arrival of w at the end of p
+    then stands in for that of v and lets the rest into p too. So the wait is idle if and only if no task of phase
+    p - 1 but w's own conflicts with another worker's in phase p.
+    """
+    workers = range(sound.target.n_workers)
+    clashing = conflicts(sound)
+    return not any(((p - 1, v), (p, u)) in clashing for v in workers if v != w for u in workers)
+
+
+@cases
+def test_every_wait_is_needed_or_idle(shape: str, n_workers: int) -> None:
+    sound = program(SHAPES[shape], n_workers)
+    mutants = list(wait_mutants(sound))
+    assert len(mutants) >= n_workers * (len(sound.phases) - 1)
+    survivors = [(p, w, wait) for p, w, wait, mutant in mutants if not findings(mutant)]
+    assert survivors == [(p, w, wait) for p, w, wait, mutant in mutants if not goes_wrong(mutant)]
+    assert survivors == [(p, w, wait) for p, w, wait, _ in mutants if nothing_to_hand_over(sound, p, w)]
+    if n_workers == 1:
+        assert len(survivors) == len(mutants)  # one worker has nobody to wait for
+    else:
+        assert len(survivors) < len(mutants) / 4
+
+
+@pytest.mark.parametrize("n_workers", [2, 3, 4])
+def test_waits_changed_at_random_agree_with_every_interleaving(n_workers: int) -> None:
+    rng = np.random.default_rng(n_workers)
+    sound = program(SHAPES["one-layer"], n_workers)
+    n_phases = len(sound.phases)
+    verdicts = []
+    for _ in range(150):
+        mutant = sound
+        for _ in range(int(rng.integers(1, 5))):
+            p, w = int(rng.integers(n_phases)), int(rng.integers(n_workers))
+            near = mutant.phases[p].waits[w] + int(rng.integers(-2, 3))
+            wait = near if rng.random() < 0.7 else int(rng.integers(n_workers * n_phases + 1))
+            mutant = with_wait(mutant, p, w, max(wait, 0))
+        verdicts.append(goes_wrong(mutant))
+        assert bool(findings(mutant)) == verdicts[-1], [phase.waits for phase in mutant.phases]
+    assert 10 < sum(verdicts) < 140  # both verdicts occur
+
+
+def span_mutants(sound: Program) -> Iterator[tuple[str, bool, Program]]:
+    """(name, whether it is the same in other words, mutant): each end of each span moved by one.
+
+    It is the same if its units are, and neither end lies outside the phase.
+    """
+    for p, phase in enumerate(sound.phases):
+        for w, span in enumerate(phase.spans):
+            for begin, end in ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1)):
+                moved = Span(span.begin + begin, span.end + end, span.step)
+                spans = (*phase.spans[:w], moved, *phase.spans[w + 1 :])
+                units = [list(range(s.begin, s.end, s.step)) for s in (span, moved)]
+                same = units[0] == units[1] and min(moved.begin, moved.end) >= 0
+                same = same and (not units[0] or moved.end <= phase.n_units)
+                yield f"phase {p} worker {w} {span} -> {moved}", same, with_phase(sound, p, spans=spans)
+
+
+@cases
+def test_every_moved_span_is_found(shape: str, n_workers: int) -> None:
+    mutants = list(span_mutants(program(SHAPES[shape], n_workers)))
+    survivors = [name for name, _, mutant in mutants if not findings(mutant)]
+    assert survivors == [name for name, same, _ in mutants if same]
+    assert len(survivors) < len(mutants)
+
+
+def test_every_moved_span_is_found_though_the_tape_follows() -> None:
+    """The tape does not have to give the mutant away."""
+    sound = program(SHAPES["two-layers-biases"], 3)
+    for name, same, mutant in span_mutants(sound):
+        inside = all(0 <= s.begin <= s.end <= ph.n_units for ph in mutant.phases if ph.matrix for s in ph.spans)
+        if inside and not same:
+            follows = dataclasses.replace(mutant, tapes=make_tapes(mutant.phases, 3))
+            assert findings(follows), name
+
+
+def tape_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
+    def with_tape(worker: int, tape: list[Any]) -> Program:
+        tapes = (*sound.tapes[:worker], tuple(tape), *sound.tapes[worker + 1 :])
+        return dataclasses.replace(sound, tapes=tapes)
+
+    for w, tape in enumerate(sound.tapes):
+        for i, item in enumerate(tape):
+            yield f"drop {w} {i}", with_tape(w, [*tape[:i], *tape[i + 1 :]])
+            yield f"twice {w} {i}", with_tape(w, [*tape[: i + 1], *tape[i:]])
+            for field in ("phase", "begin", "end"):
+                moved = dataclasses.replace(item, **{field: getattr(item, field) + 1})
+                yield f"{field} {w} {i}", with_tape(w, [*tape[:i], moved, *tape[i + 1 :]])
+            if i:
+                yield f"swap {w} {i}", with_tape(w, [*tape[: i - 1], item, tape[i - 1], *tape[i + 1 :]])
+
+
+def memory_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
+    memory = sound.memory
+
+    def with_memory(**changes: Any) -> Program:
+        return dataclasses.replace(sound, memory=dataclasses.replace(memory, **changes))
+
+    for field in ("weights_bytes", "kv_bytes", "scratch_bytes", "rope_bytes"):
+        yield f"cut {field}", with_memory(**{field: getattr(memory, field) - 1})
+    yield "cut buffers_bytes", with_memory(buffers_bytes=memory.buffers_bytes - 64)
+    for i, buffer in enumerate(memory.buffers):
+        changed = [(f"offset {by}", {"offset": buffer.offset + by}) for by in (-64, 64, 4)]
+        for axis in range(len(buffer.shape)):
+            shape = (*buffer.shape[:axis], buffer.shape[axis] - 1, *buffer.shape[axis + 1 :])
+            changed.append((f"axis {axis}", {"shape": shape}))  # type: ignore[dict-item]
+        for name, change in changed:
+            moved = dataclasses.replace(buffer, **change)  # type: ignore[arg-type]
+            yield f"{buffer.space} {name}", with_memory(buffers=(*memory.buffers[:i], moved, *memory.buffers[i + 1 :]))
+        yield f"no {buffer.space}", with_memory(buffers=memory.buffers[:i] + memory.buffers[i + 1 :])
+
+
+def matrix_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
+    for p, phase in enumerate(sound.phases):
+        for kind in ("matrix", "norm", "bias"):
+            placed: Any = getattr(phase, kind)
+            if placed is None:
+                continue
+            fields = {"matrix": ("n_out", "k", "vectors", "n_tiles"), "norm": (), "bias": ()}[kind]
+            changes = [(field, by) for field in fields for by in (-1, 1)]
+            changes += [("offset", by) for by in (-64, 64, 1)]
+            changes += [("length", -64)] if kind != "matrix" else []
+            for field, by in changes:
+                moved = dataclasses.replace(placed, **{field: getattr(placed, field) + by})
+                yield f"phase {p} {kind} {field} {by}", with_phase(sound, p, **{kind: moved})
+
+
+def whole_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
+    phases = sound.phases
+    for p in range(len(phases)):
+        yield f"drop phase {p}", dataclasses.replace(sound, phases=phases[:p] + phases[p + 1 :])
+        if p:
+            swapped = (*phases[: p - 1], phases[p], phases[p - 1], *phases[p + 1 :])
+            yield f"swap phase {p}", dataclasses.replace(sound, phases=swapped)
+        for by in (-1, 1):
+            yield f"n_units {p} {by}", with_phase(sound, p, n_units=phases[p].n_units + by)
+        yield f"layer {p}", with_phase(sound, p, layer=phases[p].layer + 1)
+    for field in ("head_begin", "packed_bytes"):
+        for by in (-1, 1):
+            yield f"{field} {by}", dataclasses.replace(sound, **{field: getattr(sound, field) + by})
+    other_embedding = -1 if sound.embed_offset >= 0 else 0
+    yield "embed_offset", dataclasses.replace(sound, embed_offset=other_embedding)
+    for field, value in (("rows", 15), ("rows", 17), ("ctx", 513), ("streams", 2), ("streams", 0), ("n_workers", 9)):
+        target = dataclasses.replace(sound.target, **{field: value})  # type: ignore[arg-type]
+        yield f"{field} {value}", dataclasses.replace(sound, target=target)
+
+
+@pytest.mark.parametrize("mutants", [tape_mutants, memory_mutants, matrix_mutants, whole_mutants])
+@cases
+def test_every_other_mutant_is_found(
+    shape: str, n_workers: int, mutants: Callable[[Program], Iterator[tuple[str, Program]]]
+) -> None:
+    damaged = list(mutants(program(SHAPES[shape], n_workers)))
+    assert len(damaged) > 10
+    assert [name for name, mutant in damaged if not findings(mutant)] == []
+
+
+def test_one_worker_with_all_tiles_is_found() -> None:
+    """Sound in every other way, so balance alone can see it."""
+    sound = program(spec(d_model=512, d_ff=1024, vocab_size=2000), 4)
+    phases = []
+    for phase in sound.phases:
+        spans = (Span(0, phase.n_units), *[Span(phase.n_units, phase.n_units)] * 3) if phase.matrix else phase.spans
+        phases.append(dataclasses.replace(phase, spans=spans))
+    mutant = dataclasses.replace(sound, phases=tuple(phases), tapes=make_tapes(phases, 4))
+    assert {finding.rule for finding in findings(mutant)} == {"balance"}
+
+
+def test_one_tile_moved_out_of_balance_is_found() -> None:
+    sound = program(spec(d_model=512, d_ff=1024, vocab_size=2048), 4)
+    for p, phase in enumerate(sound.phases):
+        if not phase.matrix:
+            continue
+        lengths = [len(span) for span in phase.spans]
+        if min(lengths) < 3:
+            continue
+        a, b = phase.spans[0], phase.spans[1]  # two tiles change hands: more than any rounding explains
+        spans = (Span(a.begin, a.end + 2), Span(b.begin + 2, b.end), *phase.spans[2:])
+        moved = with_phase(sound, p, spans=spans)
+        mutant = dataclasses.replace(moved, tapes=make_tapes(moved.phases, 4))
+        assert "balance" in {finding.rule for finding in findings(mutant)}, p
