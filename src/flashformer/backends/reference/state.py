@@ -1,0 +1,97 @@
+"""What a forward of the reference works on: weights by role, buffers full of NaN, the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...formats import Format, round_to, to_f32
+from ...model.rope import rope_table
+from ...program.ir import MAX_HEAD_ROWS, Program
+from ...program.ops import n_chunks
+from ..base import Rows
+from ..rows import Batch
+
+F32Array = NDArray[np.float32]
+
+
+class StoredTensor(Protocol):
+    """A tensor of a checkpoint: raw bits of `format` in the logical shape."""
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def data(self) -> NDArray[np.generic]: ...
+
+
+class Weights:
+    """Tensors by role, as float32. Matrices have the values that the Program's weight format gives them."""
+
+    def __init__(self, program: Program, tensors: Mapping[str, StoredTensor]) -> None:
+        self._matrices: dict[tuple[str, ...], F32Array] = {}
+        self._vectors: dict[tuple[str, ...], F32Array] = {}
+        fmt = program.target.weight_format
+
+        def stacked(roles: tuple[str, ...]) -> F32Array:
+            return np.concatenate([to_f32(np.asarray(tensors[role].data), tensors[role].format) for role in roles])
+
+        for phase in program.phases:
+            if phase.matrix is not None:
+                self._matrices[phase.matrix.roles] = round_to(stacked(phase.matrix.roles), fmt)
+            for vector in (phase.norm, phase.bias):
+                if vector is not None:
+                    self._vectors[vector.roles] = stacked(vector.roles)
+        if ("embed",) not in self._matrices:
+            self._matrices["embed",] = round_to(stacked(("embed",)), fmt)
+
+    def matrix(self, roles: tuple[str, ...]) -> F32Array:
+        """(n_out, k) source tensors stacked."""
+        return self._matrices[roles]
+
+    def vector(self, roles: tuple[str, ...]) -> F32Array:
+        """(n) source tensors in a row."""
+        return self._vectors[roles]
+
+
+def poison(*shape: int) -> F32Array:
+    return np.full(shape, np.nan, np.float32)
+
+
+class State:
+    """Buffers named as in program.ir.Space, coordinates as in program.ops."""
+
+    def __init__(self, program: Program, weights: Weights, rows: Rows) -> None:
+        target, layers = program.target, program.spec.layers
+        self.program, self.weights, self.rows = program, weights, rows
+        self.batch = Batch(0, (), ())
+        heads, head_dim = max(layer.n_heads for layer in layers), max(layer.head_dim for layer in layers)
+        self.residual = poison(target.rows, program.spec.d_model)
+        self.query = poison(target.rows, max(layer.q_width for layer in layers))
+        self.partial = poison(target.rows, heads, n_chunks(target.ctx), head_dim + 2)  # weighted values, max, sum
+        self.hidden = poison(target.rows, max(layer.d_ff for layer in layers))
+        self.logits = poison(MAX_HEAD_ROWS, program.spec.vocab_size)
+        self.candidate_scores = poison(target.n_workers, MAX_HEAD_ROWS)
+        self.candidate_ids = np.full((target.n_workers, MAX_HEAD_ROWS), -1, np.int32)
+        self.tokens = np.full(MAX_HEAD_ROWS, -1, np.int32)
+        # per layer (streams, n_kv_heads, ctx, head_dim), values as the KV format holds them; keys in packed order
+        shapes = [(target.streams, layer.n_kv_heads, target.ctx, layer.head_dim) for layer in layers]
+        self.keys = [poison(*shape) for shape in shapes]
+        self.values = [poison(*shape) for shape in shapes]
+        widths = {layer.head_dim for layer in layers}
+        self.rope = {n: rope_table(program.spec.rope, n, target.ctx) for n in widths}  # (ctx, n/2, 2) cos, sin
+
+    def begin(self, batch: Batch) -> None:
+        """Poisons everything that this forward has to produce, and the KV cache from each run's first position."""
+        self.batch = batch
+        floats = (self.residual, self.query, self.partial, self.hidden, self.logits, self.candidate_scores)
+        for buffer in floats:
+            buffer[:] = np.nan
+        self.candidate_ids[:] = -1
+        self.tokens[:] = -1
+        for run in batch.runs:
+            for cache in (*self.keys, *self.values):
+                cache[run.slot, :, run.pos :] = np.nan
