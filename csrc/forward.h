@@ -1,0 +1,161 @@
+// One forward as plain data: what every phase function sees. Shapes: rows are padded to the strides in Model.
+#pragma once
+
+#include <cstdint>
+
+#include "generated/program.h"
+
+namespace flashformer {
+
+constexpr int kMaxStreams = 16;
+// Where NaN or Inf was first seen: 2 * layer after its attention, 2 * layer + 1 after its feed-forward, -1 after the
+// embedding, 2 * n_layers in the logits.
+constexpr int64_t kNoPlace = INT64_MAX;
+
+// A run of rows of one slot: rows [row_begin, row_end), positions from first_pos.
+struct Group {
+  int32_t row_begin, row_end, slot, first_pos;
+};
+
+// The rows of a forward as the caller keeps them; see backends/base.py.
+struct RowArrays {
+  const int32_t* token;
+  const int32_t* slot;
+  const int32_t* pos;
+  const int32_t* want;
+  const float* temperature;
+  const uint64_t* seed;
+  const int32_t* choice;
+};
+
+enum Want : int32_t { kWantNothing = 0, kWantToken = 1, kWantLogits = 2 };
+
+struct Candidate {
+  float score;
+  int32_t token;
+};
+
+struct Forward {
+  Model model;
+  const Phase* phases;        // (n_phases)
+  const Span* schedule;       // (n_phases, n_workers)
+  const TapeItem* tapes;      // worker 0's items, worker 1's, ...
+  const int64_t* tape_begin;  // (n_workers + 1)
+  char* weights;
+  char* kv;
+  char* work;  // buffers, rope table, scratch
+  RowArrays row;
+  int32_t n_rows, n_groups, n_head_rows;
+  Group groups[kMaxStreams];
+  int32_t head_row[kMaxHeadRows];  // the rows that want something, in order
+  int64_t first_bad_place;         // lowered by any worker
+
+  float* residual() const { return reinterpret_cast<float*>(work + model.residual); }  // (rows, d_model_stride)
+  float* query() const { return reinterpret_cast<float*>(work + model.query); }        // (rows, query_stride)
+  float* hidden() const { return reinterpret_cast<float*>(work + model.hidden); }      // (rows, hidden_stride)
+  float* logits() const { return reinterpret_cast<float*>(work + model.logits); }      // (kMaxHeadRows, logits_stride)
+  const float* rope() const { return reinterpret_cast<const float*>(work + model.rope); }  // (ctx, head_dim/2, 2)
+  int32_t* tokens() const { return reinterpret_cast<int32_t*>(work + model.tokens); }
+  Candidate* candidates(int64_t worker) const {  // (kMaxHeadRows)
+    return reinterpret_cast<Candidate*>(work + model.candidates) + worker * kMaxHeadRows;
+  }
+  // Attention results of one (row, head): (chunks, partial_stride) values, and (chunks, 2) maximum and sum.
+  int64_t partial_index(int64_t row, int64_t head) const { return (row * model.n_heads_max + head) * model.chunks; }
+  float* partial_values(int64_t index) const {
+    return reinterpret_cast<float*>(work + model.partial) + index * model.partial_stride;
+  }
+  float* partial_sums(int64_t index) const {
+    return partial_values(model.rows * model.n_heads_max * model.chunks) + index * 2;
+  }
+  const float* vector(int64_t offset) const { return reinterpret_cast<const float*>(weights + offset); }
+
+  void report_bad(int64_t place) {
+    int64_t seen = __atomic_load_n(&first_bad_place, __ATOMIC_RELAXED);
+    while (place < seen &&
+           !__atomic_compare_exchange_n(&first_bad_place, &seen, place, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+};
+
+// What the recording keeps of a forward: a wait that was passed, or a unit that was executed.
+struct LogEntry {
+  int32_t phase;
+  int32_t kind;  // 0: wait, value = arrivals waited for; 1: unit, value = its index; 2: tape, value = bytes from begin
+  int64_t value;
+  int64_t begin;  // of a tape item
+};
+enum LogKind : int32_t { kLogWait = 0, kLogUnit = 1, kLogTape = 2 };
+
+struct Log {
+  LogEntry* entries;
+  int64_t size, capacity;
+
+  void add(int32_t phase, int32_t kind, int64_t value, int64_t begin = 0) {
+    if (size < capacity) entries[size] = {phase, kind, value, begin};
+    ++size;  // beyond capacity: the reader sees that entries are missing
+  }
+};
+
+// Random stalls, to shake out orders that rarely happen.
+struct Delays {
+  uint64_t state;  // 0: none
+
+  void maybe() {
+    if (state == 0) return;
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    if ((state & 7) == 0) {
+      for (uint64_t i = state >> 8 & 0xFFF; i > 0; --i) __builtin_ia32_pause();
+    }
+  }
+};
+
+// A worker on its way through one forward.
+struct Worker {
+  Forward* forward;
+  int64_t index;
+  int64_t phase;         // index of the phase being executed
+  const TapeItem* tape;  // the next item of this worker's tape
+  const TapeItem* tape_end;
+  Log* log;  // nullptr: not recording
+  Delays delays;
+
+  char* scratch() const { return forward->work + forward->model.scratch + index * forward->model.scratch_bytes; }
+  // The input of a product, (rows, input_stride) of 2- or 4-byte elements.
+  template <class T>
+  T* input() const {
+    return reinterpret_cast<T*>(scratch());
+  }
+  // Sums of one tile, (rows, 64).
+  float* sums() const {
+    return reinterpret_cast<float*>(scratch()) + forward->model.rows * forward->model.input_stride;
+  }
+  // Scores of attention, (kScoreRows, kKeyChunk).
+  float* scores() const { return sums() + forward->model.rows * 64; }
+
+  void begin_unit(int64_t unit) {
+    delays.maybe();
+    if (log) log->add(static_cast<int32_t>(phase), kLogUnit, unit);
+  }
+  // The worker's byte range of this phase.
+  const char* take_tape_item() {
+    const TapeItem& item = *tape++;
+    if (log) log->add(static_cast<int32_t>(phase), kLogTape, item.end - item.begin, item.begin);
+    return forward->weights + item.begin;
+  }
+  // Where this worker reads next, after the item it is in; the start of the tape once that was the last.
+  const char* tape_ahead() const {
+    const TapeItem* next = tape < tape_end ? tape : forward->tapes + forward->tape_begin[index];
+    return forward->weights + next->begin;
+  }
+};
+
+using PhaseFunction = void (*)(Worker&, const Phase&, const Span&);
+
+// The phase functions of one instruction set, for one weight format, KV format and width of activations; by Op.
+struct PhaseTable {
+  PhaseFunction functions[8];
+};
+
+}  // namespace flashformer

@@ -1,0 +1,208 @@
+// Python bindings: arrays in, arrays out, no arithmetic.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "kernel.h"
+#include "pack.h"
+#include "probe.h"
+#include "simd/isa.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashformer {
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Column = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+std::vector<T> records(const Bytes& bytes, const char* name) {
+  if (bytes.size() % sizeof(T)) throw std::invalid_argument(std::string(name) + ": not a whole number of records");
+  std::vector<T> result(bytes.size() / sizeof(T));
+  std::memcpy(result.data(), bytes.data(), bytes.size());
+  return result;
+}
+
+struct Isa {
+  const char* name;
+  TableOf table, dot_table;  // dot_table: for products with bf16 activations, or nullptr
+  SumOf sum;
+};
+
+// What this CPU can run, best last.
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> isas{{"portable", portable_table, nullptr, portable_sum}};
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    isas.push_back({"avx2", avx2_table, nullptr, avx2_sum});
+  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512cd");
+  if (avx512) {
+    const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    isas.push_back({"avx512", avx512_table, bf16 ? avx512bf16_table : nullptr, avx512_sum});
+  }
+  return isas;
+}
+
+Isa find_isa(const std::string& name) {
+  for (const Isa& isa : supported_isas()) {
+    if (name == isa.name) return isa;
+  }
+  throw std::invalid_argument("instruction set " + name + " is not supported by this CPU");
+}
+
+// A Kernel with everything it points to.
+struct BoundKernel {
+  nb::object keep;  // regions and row arrays
+  std::unique_ptr<Kernel> kernel;
+  RowArrays rows;
+  bool dot;
+};
+
+std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases, const Bytes& schedule,
+                                         const Bytes& tapes, const Column<const int64_t>& tape_begin, Region& weights,
+                                         Region& kv, Region& work, const Column<const int32_t>& token,
+                                         const Column<const int32_t>& slot, const Column<const int32_t>& pos,
+                                         const Column<const int32_t>& want, const Column<const float>& temperature,
+                                         const Column<const uint64_t>& seed, const Column<const int32_t>& choice,
+                                         const std::string& isa_name, uint32_t spins, const std::vector<int>& cpus,
+                                         uint64_t delay_seed, int64_t log_capacity, nb::object keep) {
+  KernelArrays arrays;
+  arrays.model = records<Model>(model, "model").at(0);
+  arrays.phases = records<Phase>(phases, "phases");
+  arrays.schedule = records<Span>(schedule, "schedule");
+  arrays.tapes = records<TapeItem>(tapes, "tapes");
+  arrays.tape_begin.assign(tape_begin.data(), tape_begin.data() + tape_begin.size());
+  const Model& m = arrays.model;
+  const std::size_t workers = static_cast<std::size_t>(m.n_workers), rows = static_cast<std::size_t>(m.rows);
+  const bool sound = workers >= 1 && arrays.phases.size() == static_cast<std::size_t>(m.n_phases) &&
+                     arrays.schedule.size() == arrays.phases.size() * workers &&
+                     arrays.tape_begin.size() == workers + 1 && m.streams <= kMaxStreams &&
+                     static_cast<std::size_t>(m.work_bytes) <= work.size();
+  if (!sound) throw std::invalid_argument("the arrays of the Program do not fit together");
+  for (std::size_t n :
+       {token.size(), slot.size(), pos.size(), want.size(), temperature.size(), seed.size(), choice.size()}) {
+    if (n < rows) throw std::invalid_argument("row arrays are shorter than the Program's rows");
+  }
+  const Isa isa = find_isa(isa_name);
+  const Format weight_format = static_cast<Format>(m.weight_format), kv_format = static_cast<Format>(m.kv_format);
+  const bool dot = weight_format == Format::kBf16 && !m.exact && isa.dot_table;
+  const PhaseTable* table = (dot ? isa.dot_table : isa.table)(weight_format, kv_format, dot);
+  if (!table) throw std::invalid_argument("no kernel for these formats");
+  auto bound = std::make_unique<BoundKernel>();
+  bound->keep = std::move(keep);
+  bound->rows = {token.data(), slot.data(), pos.data(), want.data(), temperature.data(), seed.data(), choice.data()};
+  bound->dot = dot;
+  bound->kernel =
+      std::make_unique<Kernel>(std::move(arrays), table, KernelOptions{spins, cpus, delay_seed, log_capacity},
+                               weights.data(), kv.data(), work.data());
+  return bound;
+}
+
+std::pair<int, int64_t> run_forward(BoundKernel& self, int64_t n_rows) {
+  nb::gil_scoped_release released;
+  const Result result = self.kernel->forward(self.rows, n_rows);
+  return {static_cast<int>(result.outcome), result.detail};
+}
+
+nb::list read_log(BoundKernel& self, int worker) {
+  const Log& log = self.kernel->log(worker);
+  if (log.size > log.capacity) throw std::overflow_error("the log was too small for this run");
+  nb::list entries;
+  for (int64_t i = 0; i < log.size; ++i) {
+    const LogEntry& e = log.entries[i];
+    entries.append(nb::make_tuple(e.phase, e.kind, e.value, e.begin));
+  }
+  return entries;
+}
+
+Source source_from(const nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>& array, int64_t format) {
+  const int64_t size = static_cast<int64_t>(array.itemsize());
+  if (array.stride(1) != 1) throw std::invalid_argument("rows of a source must be contiguous");
+  return {static_cast<const char*>(array.data()), static_cast<int64_t>(array.shape(0)), array.stride(0) * size,
+          static_cast<Format>(format)};
+}
+
+using Matrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
+
+int64_t pack(Region& region, int64_t offset, int64_t format, int64_t vectors, int64_t n_tiles, int64_t k,
+             int64_t k_padded, const Column<const int32_t>& row_map, const std::vector<Matrix>& sources,
+             int64_t source_format, int n_threads) {
+  PackJob job{region.data() + offset, static_cast<Format>(format), vectors, n_tiles, k, k_padded, row_map.data(), {}};
+  for (const Matrix& source : sources) job.sources.push_back(source_from(source, source_format));
+  nb::gil_scoped_release released;
+  return pack_tiles(job, n_threads);
+}
+
+int64_t copy(Region& region, int64_t offset, int64_t format, const Matrix& rows, int64_t source_format, int n_threads) {
+  const Source source = source_from(rows, source_format);
+  const int64_t k = static_cast<int64_t>(rows.shape(1));
+  nb::gil_scoped_release released;
+  return copy_rows(region.data() + offset, static_cast<Format>(format), source, k, n_threads);
+}
+
+double probe(const Bytes& buffer, int n_threads, int mode, double min_seconds) {
+  const SumOf sum = supported_isas().back().sum;
+  nb::gil_scoped_release released;
+  return read_bandwidth(reinterpret_cast<const char*>(buffer.data()), static_cast<int64_t>(buffer.size()), n_threads,
+                        mode == 1, min_seconds, sum);
+}
+
+}  // namespace
+}  // namespace flashformer
+
+NB_MODULE(_cpu, m) {
+  using namespace flashformer;
+  nb::set_leak_warnings(false);
+  m.doc() = "The CPU kernel. See flashformer.backends.cpu.";
+
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Isa& isa : supported_isas()) names.emplace_back(isa.name);
+        return names;
+      },
+      "Instruction sets that this CPU can run, best last.");
+  m.def("has_bf16_dot", [] { return supported_isas().back().dot_table != nullptr; });
+
+  nb::class_<Region>(m, "Region", "Zeroed memory, in huge pages where they can be had.")
+      .def(nb::init<std::size_t, bool>(), "n_bytes"_a, "resident"_a = true)
+      .def_prop_ro("array", [](nb::object self) {
+        Region& region = nb::cast<Region&>(self);
+        return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(region.data(), {region.size()}, self);
+      });
+
+  nb::class_<BoundKernel>(m, "Kernel")
+      .def(nb::new_(&make_kernel), "model"_a, "phases"_a, "schedule"_a, "tapes"_a, "tape_begin"_a, "weights"_a, "kv"_a,
+           "work"_a, "token"_a, "slot"_a, "pos"_a, "want"_a, "temperature"_a, "seed"_a, "choice"_a, "isa"_a, "spins"_a,
+           "cpus"_a, "delay_seed"_a, "log_capacity"_a, "keep"_a)
+      .def("forward", &run_forward, "n_rows"_a, "Runs rows[:n_rows]; returns (outcome, detail).")
+      .def("log", &read_log, "worker"_a, "[(phase, kind, value, begin)] since the last clear_logs.")
+      .def("clear_logs", [](BoundKernel& self) { self.kernel->clear_logs(); })
+      .def_ro("dot", &BoundKernel::dot, "Whether products take bf16 activations.")
+      .def("stall", [](BoundKernel& self) {
+        const Stall& s = self.kernel->stall();
+        return std::make_tuple(s.worker, s.phase, s.expected, s.seen);
+      });
+
+  m.def("pack", &pack, "region"_a, "offset"_a, "format"_a, "vectors"_a, "n_tiles"_a, "k"_a, "k_padded"_a, "row_map"_a,
+        "sources"_a, "source_format"_a, "n_threads"_a,
+        "Packs tiles; returns the stacked row of an element that is not finite, or -1.");
+  m.def("copy", &copy, "region"_a, "offset"_a, "format"_a, "rows"_a, "source_format"_a, "n_threads"_a,
+        "Copies rows, converted; returns as pack does.");
+  m.def("probe", &probe, "buffer"_a, "n_threads"_a, "mode"_a, "min_seconds"_a,
+        "Read bandwidth in GB/s; mode 0: plain loads, 1: prefetched.");
+}

@@ -1,0 +1,38 @@
+// The KV cache of one layer. Keys (streams, n_kv_heads, ctx/16, head_dim, 16): 16 positions are lanes, so that
+// scores need no horizontal sums. Values (streams, n_kv_heads, ctx, head_dim padded to 16).
+#pragma once
+
+#include "../forward.h"
+
+namespace flashformer {
+
+template <class V>
+struct KvF32 {
+  using T = float;
+  static typename V::F load(const T* p) { return V::load(p); }
+  static void put(T* p, float x) { *p = x; }
+};
+
+template <class V>
+struct KvBf16 {
+  using T = uint16_t;
+  static typename V::F load(const T* p) { return V::load_bf16(p); }
+  static void put(T* p, float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    *p = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
+};
+
+template <class T>
+inline T* keys_of(const Forward& forward, const Phase& phase, int64_t slot, int64_t kv_head) {
+  const int64_t cache = slot * phase.n_kv_heads + kv_head;
+  return reinterpret_cast<T*>(forward.kv + phase.keys) + cache * forward.model.ctx_padded * phase.head_dim;
+}
+template <class T>
+inline T* values_of(const Forward& forward, const Phase& phase, int64_t slot, int64_t kv_head) {
+  const int64_t cache = slot * phase.n_kv_heads + kv_head;
+  return reinterpret_cast<T*>(forward.kv + phase.values) + cache * forward.model.ctx_padded * phase.head_dim_padded;
+}
+
+}  // namespace flashformer

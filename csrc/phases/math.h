@@ -1,0 +1,91 @@
+// exp, sigmoid and log of 16 lanes, our own so that no C library decides the bits.
+#pragma once
+
+#include <cstdint>
+
+namespace flashformer {
+
+// e^x for x <= 88; 0 below -87. Cody-Waite reduction by ln 2, then a polynomial of degree 6; error about 1 ulp.
+template <class V>
+inline typename V::F exp(typename V::F x) {
+  using F = typename V::F;
+  x = V::min(V::max(x, V::set1(-87.3f)), V::set1(88.0f));
+  F n = V::round(V::mul(x, V::set1(1.44269504f)));
+  F r = V::fma(n, V::set1(-0.693359375f), x);
+  r = V::fma(n, V::set1(2.12194440e-4f), r);
+  F p = V::set1(1.9875691500e-4f);
+  p = V::fma(p, r, V::set1(1.3981999507e-3f));
+  p = V::fma(p, r, V::set1(8.3334519073e-3f));
+  p = V::fma(p, r, V::set1(4.1665795894e-2f));
+  p = V::fma(p, r, V::set1(1.6666665459e-1f));
+  p = V::fma(p, r, V::set1(5.0000001201e-1f));
+  p = V::fma(p, V::mul(r, r), r);
+  return V::scale(V::add(p, V::set1(1.0f)), n);
+}
+
+// e^x of one number, by the same steps as 16 lanes take.
+template <class V>
+inline float exp1(float x) {
+  float lanes[16];
+  V::store(lanes, exp<V>(V::set1(x)));
+  return lanes[0];
+}
+
+template <class V>
+inline typename V::F silu(typename V::F x) {
+  using F = typename V::F;
+  F e = exp<V>(V::sub(V::zero(), x));
+  return V::div(x, V::add(e, V::set1(1.0f)));
+}
+
+// The sum and the maximum of 16 lanes by one fixed tree.
+template <class V>
+inline float sum_lanes(typename V::F x) {
+  float lanes[16];
+  V::store(lanes, x);
+  for (int half = 8; half; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+template <class V>
+inline float max_lanes(typename V::F x) {
+  float lanes[16];
+  V::store(lanes, x);
+  for (int half = 8; half; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// ln x of 16 normal positive numbers (Cephes' logf polynomial on [sqrt(1/2), sqrt(2)), error about 1 ulp).
+template <class V>
+inline void log16(const float* x, float* out) {
+  for (int i = 0; i < 16; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, x + i, 4);
+    uint32_t shifted = bits - 0x3F3504F3u;  // the bits of sqrt(1/2)
+    int32_t exponent = static_cast<int32_t>(shifted) >> 23;
+    bits = (shifted & 0x007FFFFFu) + 0x3F3504F3u;
+    float m;
+    __builtin_memcpy(&m, &bits, 4);
+    m -= 1.0f;
+    float z = m * m, e = static_cast<float>(exponent);
+    float p = 7.0376836292e-2f;
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    p = p * m * z;
+    p += e * -2.12194440e-4f;
+    p -= 0.5f * z;
+    out[i] = m + p + e * 0.693359375f;
+  }
+}
+
+}  // namespace flashformer

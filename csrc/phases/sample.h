@@ -1,0 +1,26 @@
+// sample: unit = a row that wants something; the best of all workers' candidates, ties to the lower id.
+#pragma once
+
+#include "../forward.h"
+
+namespace flashformer {
+
+template <class V>
+void sample(Worker& worker, const Phase&, const Span& span) {
+  const Forward& forward = *worker.forward;
+  for (int64_t unit = span.begin; unit < span.end; unit += span.step) {
+    worker.begin_unit(unit);
+    if (unit >= forward.n_head_rows) continue;
+    Candidate best = {0, -1};
+    for (int64_t w = 0; w < forward.model.n_workers; ++w) {
+      const Candidate& other = forward.candidates(w)[unit];
+      if (other.token < 0) continue;
+      const bool better =
+          best.token < 0 || other.score > best.score || (other.score == best.score && other.token < best.token);
+      if (better) best = other;
+    }
+    forward.tokens()[unit] = best.token;
+  }
+}
+
+}  // namespace flashformer

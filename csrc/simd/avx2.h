@@ -1,0 +1,90 @@
+// Sixteen lanes in two AVX2 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace flashformer {
+
+struct Avx2 {
+  struct F {
+    __m256 a, b;
+  };
+  struct Raw {
+    __m256i a, b;
+  };
+
+  static constexpr int kRowsAtOnce = 2;
+  static constexpr int kVectorsOneRow = 4;
+  static constexpr int kVectorsManyRows = 2;
+  static constexpr int kValuesAtOnce = 1;
+
+  static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, F x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+  }
+  static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  static F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  static F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+  static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F round(F x) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+  }
+  static F scale(F x, F n) { return {scale8(x.a, n.a), scale8(x.b, n.b)}; }
+  static F first(int64_t n, F x, F y) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i count = _mm256_set1_epi32(static_cast<int>(n < 16 ? n : 16));
+    const __m256i low = _mm256_cmpgt_epi32(count, lane);
+    const __m256i high = _mm256_cmpgt_epi32(count, _mm256_add_epi32(lane, _mm256_set1_epi32(8)));
+    return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(low)),
+            _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(high))};
+  }
+
+  static F load_bf16(const uint16_t* p) { return {widen8(p), widen8(p + 8)}; }
+  static void store_bf16(uint16_t* p, F x) {
+    __m256i packed = _mm256_packus_epi32(round8(x.a), round8(x.b));  // 0..3 of a, of b, 4..7 of a, of b
+    packed = _mm256_permute4x64_epi64(packed, 0xD8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  }
+
+  static Raw load_raw(const char* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  }
+  static F as_f32(Raw w) { return {_mm256_castsi256_ps(w.a), _mm256_castsi256_ps(w.b)}; }
+  static F even_bf16(Raw w) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))};
+  }
+  static F odd_bf16(Raw w) {
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+    return {_mm256_castsi256_ps(_mm256_and_si256(w.a, mask)), _mm256_castsi256_ps(_mm256_and_si256(w.b, mask))};
+  }
+  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+
+ private:
+  static __m256 scale8(__m256 x, __m256 n) {
+    __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
+  }
+  static __m256 widen8(const uint16_t* p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  // bf16 bits of each lane, rounded to nearest even
+  static __m256i round8(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    return _mm256_srli_epi32(bits, 16);
+  }
+};
+
+}  // namespace flashformer

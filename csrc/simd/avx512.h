@@ -1,0 +1,69 @@
+// Sixteen lanes in one AVX-512 register. One instruction per wrapper unless a line says otherwise.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace flashformer {
+
+struct Avx512 {
+  using F = __m512;     // 16 floats
+  using Raw = __m512i;  // 64 bytes of packed weights
+
+  static constexpr int kRowsAtOnce = 6;     // rows of a product that share a weight load
+  static constexpr int kVectorsOneRow = 4;  // weight vectors in flight for 1 row
+  static constexpr int kVectorsManyRows = 4;
+  static constexpr int kValuesAtOnce = 4;  // vectors of head_dim summed together by attention
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // a * 2^n, n integral and in [-126, 127]
+  static F scale(F a, F n) {
+    __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+    return _mm512_mul_ps(a, _mm512_castsi512_ps(exponent));
+  }
+  // lanes below n keep a, the others take b
+  static F first(int64_t n, F a, F b) {
+    return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1), b, a);
+  }
+
+  static F load_bf16(const uint16_t* p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  // rounds to nearest even
+  static void store_bf16(uint16_t* p, F x) {
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  }
+
+  static Raw load_raw(const char* p) { return _mm512_loadu_si512(p); }
+  static F as_f32(Raw w) { return _mm512_castsi512_ps(w); }
+  // of 16 pairs of bf16: the first of each, the second of each
+  static F even_bf16(Raw w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
+  static F odd_bf16(Raw w) { return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xFFFF0000u))); }
+#ifdef __AVX512BF16__
+  // acc += w[2i] * x[0] + w[2i+1] * x[1] in each lane i
+  static F dot_bf16(F acc, Raw w, const uint16_t* x) {
+    int pair;
+    __builtin_memcpy(&pair, x, 4);
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)));
+  }
+#endif
+  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+};
+
+}  // namespace flashformer

@@ -1,0 +1,14 @@
+#include "../phases/table.h"
+#include "avx2.h"
+#include "isa.h"
+#include "sum.h"
+
+namespace flashformer {
+
+const PhaseTable* avx2_table(Format weights, Format kv, bool dot) { return table_for<Avx2>(weights, kv, dot); }
+
+uint64_t avx2_sum(const char* begin, int64_t n_bytes, bool prefetched) {
+  return sum_bytes<Avx2>(begin, n_bytes, prefetched);
+}
+
+}  // namespace flashformer

@@ -1,0 +1,14 @@
+#include "../phases/table.h"
+#include "avx512.h"
+#include "isa.h"
+#include "sum.h"
+
+namespace flashformer {
+
+const PhaseTable* avx512_table(Format weights, Format kv, bool dot) { return table_for<Avx512>(weights, kv, dot); }
+
+uint64_t avx512_sum(const char* begin, int64_t n_bytes, bool prefetched) {
+  return sum_bytes<Avx512>(begin, n_bytes, prefetched);
+}
+
+}  // namespace flashformer

@@ -1,0 +1,14 @@
+#include "../phases/table.h"
+#include "isa.h"
+#include "portable.h"
+#include "sum.h"
+
+namespace flashformer {
+
+const PhaseTable* portable_table(Format weights, Format kv, bool dot) { return table_for<Portable>(weights, kv, dot); }
+
+uint64_t portable_sum(const char* begin, int64_t n_bytes, bool prefetched) {
+  return sum_bytes<Portable>(begin, n_bytes, prefetched);
+}
+
+}  // namespace flashformer

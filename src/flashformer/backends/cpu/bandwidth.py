@@ -1,0 +1,35 @@
+"""The read-bandwidth probe: how fast this machine's threads can read memory, now."""
+
+from __future__ import annotations
+
+from ...errors import DeviceError
+from . import topology
+from .native import load_native
+
+PLAIN, PREFETCHED = 0, 1
+
+
+def probe_bytes() -> int:
+    """Size of a region that no cache helps with: 8 last-level caches or 1 GiB, whichever is more."""
+    return max(8 * topology.last_level_cache_bytes(), 1 << 30)
+
+
+class ReadProbe:
+    """A region in the same kind of pages as packed weights, every page written, read by `n_threads`."""
+
+    def __init__(self, n_threads: int, n_bytes: int | None = None) -> None:
+        """Raises DeviceError where the extension is missing or memory does not suffice."""
+        native = load_native()
+        size, free = n_bytes or probe_bytes(), topology.free_memory()
+        if free is not None and size > free.value:
+            raise DeviceError(f"the bandwidth probe needs {size:,} bytes, {int(free.value):,} are free ({free.source})")
+        self._native = native.probe
+        self._n_threads = n_threads
+        self._region = native.Region(size)
+        self._region.array[:] = 1
+
+    def gb_s(self, seconds: float) -> float:
+        """The faster of plain and prefetched loads, half of the time each; 1e9 bytes per second."""
+        return max(
+            float(self._native(self._region.array, self._n_threads, mode, seconds / 2)) for mode in (PLAIN, PREFETCHED)
+        )

@@ -1,0 +1,155 @@
+"""The CPU kernel: packs the weights of a CheckedProgram once, then runs one native call per forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import NoReturn
+
+import numpy as np
+
+from ... import env
+from ...check import CheckedProgram
+from ...checkpoint import Tensor
+from ...errors import DeviceError
+from ...program.ir import MAX_HEAD_ROWS, Op, Space
+from ...program.records import FlatProgram, flatten
+from .. import nonfinite
+from ..base import Kernel, Rows
+from ..rows import read_rows
+from . import topology
+from .native import load_native
+from .weights import fill_rope, pack_weights
+
+SPINS = 10_000  # looks at a counter before a waiter sleeps, about 0.1 ms
+SPINS_OVERSUBSCRIBED = 100  # with more workers than CPUs, the one waited for may need this one's CPU
+
+
+class Outcome(IntEnum):
+    """What a native forward reports (csrc/kernel.h)."""
+
+    DONE = 0
+    BAD_ROW = 1
+    NOT_FINITE = 2
+    STALLED = 3
+    FORKED = 4
+
+
+class CpuKernel(Kernel):
+    """One model in packed form, its KV cache, and the team of threads that computes it.
+
+    `flat` replaces the arrays that the kernel runs and `log_capacity` entries per worker are recorded of what it
+    did: both are for tests. Raises LoadError for weights that cannot be used, DeviceError where memory or the
+    extension is missing.
+    """
+
+    def __init__(
+        self,
+        checked: CheckedProgram,
+        weights: Mapping[str, Tensor],
+        *,
+        cpus: Sequence[int] = (),
+        flat: FlatProgram | None = None,
+        log_capacity: int = 0,
+    ) -> None:
+        native = load_native()
+        self.program = program = checked.program
+        target, memory = program.target, program.memory
+        self.isa = env.isa() or native.isas()[-1]
+        if self.isa not in native.isas():
+            raise DeviceError(f"FLASHFORMER_ISA={self.isa}: this CPU has {', '.join(native.isas())}")
+        try:
+            self._weights = native.Region(memory.weights_bytes, resident=False)  # packing writes all of it
+            kv, work = native.Region(memory.kv_bytes), native.Region(memory.buffers_bytes)
+        except MemoryError as error:
+            raise DeviceError(f"{memory.total_bytes:,} bytes of memory cannot be had: lower ctx or streams") from error
+        n_cpus = len(topology.affinity())
+        pack_weights(native, self._weights, program, weights, n_threads=min(target.n_workers, n_cpus))
+        flat = flat or flatten(program)
+        fill_rope(work, flat, program)
+        self.rows = rows = Rows(target.rows)
+        self._native = native.Kernel(
+            model=flat.model.view(np.uint8),
+            phases=flat.phases.view(np.uint8),
+            schedule=flat.schedule.reshape(-1).view(np.uint8),
+            tapes=flat.tapes.view(np.uint8),
+            tape_begin=flat.tape_begin,
+            weights=self._weights,
+            kv=kv,
+            work=work,
+            token=rows.token,
+            slot=rows.slot,
+            pos=rows.pos,
+            want=rows.want,
+            temperature=rows.temperature,
+            seed=rows.seed,
+            choice=rows.choice,
+            isa=self.isa,
+            spins=SPINS if target.n_workers <= n_cpus else SPINS_OVERSUBSCRIBED,
+            cpus=list(cpus),
+            delay_seed=env.delays(),
+            log_capacity=log_capacity,
+            keep=(self._weights, kv, work, rows),
+        )
+        buffers = {b.space: b for b in memory.buffers}
+        tokens, logits = buffers[Space.TOKENS], buffers[Space.LOGITS]
+        self.tokens = work.array[tokens.offset :][: tokens.n_bytes].view(np.int32)
+        logit_rows = work.array[logits.offset :][: logits.n_bytes].view(np.float32).reshape(MAX_HEAD_ROWS, -1)
+        self.logits = logit_rows[:, : program.spec.vocab_size]
+        self._forward = self._native.forward
+
+    def forward(self, n_rows: int) -> None:
+        outcome, detail = self._forward(n_rows)
+        if outcome != Outcome.DONE:
+            self._fail(Outcome(outcome), detail, n_rows)
+
+    def _fail(self, outcome: Outcome, detail: int, n_rows: int) -> NoReturn:
+        if outcome is Outcome.BAD_ROW:
+            read_rows(self.rows, n_rows, self.program)
+            raise AssertionError(f"the native check refused row {detail}, the Python check none")
+        if outcome is Outcome.NOT_FINITE:
+            raise self._not_finite(detail)
+        if outcome is Outcome.FORKED:
+            raise DeviceError("this model was loaded before a fork: load it again in this process, or use spawn")
+        worker, phase, expected, seen = self._native.stall()
+        raise DeviceError(
+            f"worker {worker} waited in vain before phase {phase}: {expected} arrivals expected, {seen} seen. "
+            "The model cannot be used any more: load it again, and report this"
+        )
+
+    def _not_finite(self, place: int) -> Exception:
+        """`place` as csrc/forward.h counts it."""
+        program = self.program
+        if place == 2 * program.spec.n_layers:
+            return nonfinite.in_logits(program)
+        layer, op = (place // 2, Op.GATE_UP) if place % 2 == 0 else ((place + 1) // 2, Op.QKV)
+        if layer == program.spec.n_layers:
+            layer, op = -1, Op.LM_HEAD
+        return nonfinite.in_residual(program, next(p for p in program.phases if p.op is op and p.layer == layer))
+
+    def log(self, worker: int) -> list[tuple[int, int, int, int]]:
+        """(phase, kind, value, begin) of what a worker did since `clear_logs`; kinds as in csrc/forward.h."""
+        return list(self._native.log(worker))
+
+    def clear_logs(self) -> None:
+        self._native.clear_logs()
+
+    def probe_weights(self) -> float | None:
+        """GB/s at which this kernel's number of threads reads its packed weights; None where caches hold them."""
+        n_bytes = self.program.packed_bytes
+        if n_bytes < 4 * topology.last_level_cache_bytes():
+            return None
+        packed = self._weights.array[:n_bytes]
+        return max(float(load_native().probe(packed, self.program.target.n_workers, mode, 0.2)) for mode in (0, 1))
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "device": "cpu",
+            "isa": self.isa,
+            "threads": self.program.target.n_workers,
+            "activations": "bf16" if self._native.dot else "f32",
+        }
+
+    def close(self) -> None:
+        for name in ("_forward", "_native", "_weights", "tokens", "logits"):
+            self.__dict__.pop(name, None)

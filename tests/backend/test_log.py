@@ -1,0 +1,123 @@
+"""What the kernel did, entry by entry, against the Program: native code holds no schedule of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cpu_kernels import cpu_kernel, prefill, program_of
+from odd_shapes import SHAPES, random_ids
+
+from flashformer.formats import BF16, F32
+from flashformer.program import Program
+from flashformer.program.ir import KEY_CHUNK, Op
+from flashformer.program.records import FlatProgram, flatten
+
+WAIT, UNIT, TAPE = 0, 1, 2
+CAPACITY = 100_000
+Entry = tuple[int, int, int, int]
+
+
+def expected_log(program: Program, worker: int, *, last_pos: int, head: bool) -> list[Entry]:
+    """One forward of rows of one slot as the Program states it."""
+    entries: list[Entry] = []
+    items = iter(program.tapes[worker])
+    for p, phase in enumerate(program.phases if head else program.phases[: program.head_begin]):
+        entries.append((p, WAIT, phase.waits[worker], 0))
+        span = phase.spans[worker]
+        end = span.end
+        if phase.matrix is not None and len(span):
+            item = next(items)
+            assert item.phase == p
+            entries.append((p, TAPE, item.end - item.begin, item.begin))
+        if phase.op is Op.ATTEND:  # chunks that no row has reached yet hold nothing
+            per_chunk = program.target.streams * program.spec.layers[phase.layer].n_kv_heads
+            end = min(end, (last_pos // KEY_CHUNK + 1) * per_chunk)
+        entries += [(p, UNIT, unit, 0) for unit in range(span.begin, end, span.step)]
+    return entries
+
+
+@pytest.mark.parametrize("config", range(30))
+def test_log_equals_program(config: int) -> None:
+    shape = SHAPES[config % len(SHAPES)]
+    model = shape.make(config)
+    weights, kv = ((F32, F32), (BF16, F32), (BF16, BF16))[config % 3]
+    ids = random_ids(config, 5 + 11 * config, shape.vocab)
+    for n_workers in (1, 2, 3, 4):
+        target = {
+            "n_workers": n_workers,
+            "weights": weights,
+            "kv": kv,
+            "rows": 350,
+            "streams": 1 + config % 4,
+            "ctx": 400,
+        }
+        program = program_of(model, **target)
+        with cpu_kernel(model, options={"log_capacity": CAPACITY}, **target) as kernel:
+            for head in (True, False):
+                kernel.clear_logs()
+                if head:
+                    prefill(kernel, ids, chunk=len(ids))
+                else:
+                    kernel.rows.want[:] = 0
+                    kernel.forward(len(ids))
+                for worker in range(n_workers):
+                    assert kernel.log(worker) == expected_log(program, worker, last_pos=len(ids) - 1, head=head)
+
+
+def logs_of(flat: FlatProgram | None, n_workers: int) -> list[list[Entry]]:
+    model = SHAPES[8].make(1)
+    options = {"flat": flat, "log_capacity": CAPACITY}
+    with cpu_kernel(model, n_workers=n_workers, weights=BF16, options=options) as kernel:
+        prefill(kernel, random_ids(1, 20, SHAPES[8].vocab), chunk=64)
+        return [kernel.log(worker) for worker in range(n_workers)]
+
+
+def test_log_follows_the_arrays() -> None:
+    """Moving an interval or deleting a hand-off in the arrays shows in the log, where it was changed and only there."""
+    model = SHAPES[8].make(1)
+    program = program_of(model, n_workers=2, weights=BF16)
+    sound = logs_of(None, 2)
+    changed = 0
+    for p, phase in enumerate(program.phases):
+        if phase.matrix is not None and len(phase.spans[0]) > 1:
+            moved = flatten(program)
+            moved.schedule["end"][p, 0] -= 1
+            moved.schedule["begin"][p, 1] -= 1
+            size = phase.matrix.tile_bytes
+            first = moved.tapes[: moved.tape_begin[1]]
+            second = moved.tapes[moved.tape_begin[1] :]
+            first["end"][first["phase"] == p] -= size
+            second["begin"][second["phase"] == p] -= size
+            found = logs_of(moved, 2)
+            unit = phase.spans[1].begin - 1
+            assert (p, UNIT, unit, 0) in sound[0]
+            assert (p, UNIT, unit, 0) not in found[0]
+            assert (p, UNIT, unit, 0) in found[1]
+            assert [e for e in found[0] if e[0] != p] == [e for e in sound[0] if e[0] != p]
+            changed += 1
+        if p > 0:
+            unguarded = flatten(program)
+            unguarded.schedule["wait"][p, 1] = 0
+            found = logs_of(unguarded, 2)
+            assert found[0] == sound[0]
+            assert [(a, b) for a, b in zip(sound[1], found[1], strict=True) if a != b] == [
+                ((p, WAIT, 2 * p, 0), (p, WAIT, 0, 0))
+            ]
+            changed += 1
+    assert changed > 15
+
+
+def test_log_too_small_is_an_error() -> None:
+    with cpu_kernel(SHAPES[0].make(1), options={"log_capacity": 3}) as kernel:
+        prefill(kernel, [1, 2, 3], chunk=64)
+        with pytest.raises(OverflowError, match="too small"):
+            kernel.log(0)
+
+
+def test_flat_arrays_hold_the_program() -> None:
+    program = program_of(SHAPES[8].make(1), n_workers=3)
+    flat = flatten(program)
+    for p, phase in enumerate(program.phases):
+        for w, span in enumerate(phase.spans):
+            assert flat.schedule[p, w].tolist() == (span.begin, span.end, span.step, phase.waits[w])
+    assert np.array_equal(np.diff(flat.tape_begin), [len(tape) for tape in program.tapes])

@@ -1,0 +1,120 @@
+"""The bits of the logits depend on the model, the rows before, and the instruction set: on nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cpu_kernels import cpu_kernel, greedy, prefill, prompt_logits
+from numpy.typing import NDArray
+from odd_shapes import SHAPES, random_ids
+from tiny import put, relative_error
+
+from flashformer import _cpu
+from flashformer.backends.base import Want
+from flashformer.formats import BF16, F32, Format
+
+FORMATS = [(F32, F32), (BF16, BF16), (BF16, F32)]
+MODEL = SHAPES[8]
+N_IDS = 300  # more than one chunk of keys
+
+
+def ids() -> list[int]:
+    return random_ids(77, N_IDS, MODEL.vocab)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize(("weights", "kv"), FORMATS, ids=lambda f: f.name)
+def test_threads_and_chunks(isa: str, weights: Format, kv: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa not in _cpu.isas():
+        assert isa != "portable"
+        pytest.skip(f"this CPU has no {isa}: nothing to run")
+    monkeypatch.setenv("FLASHFORMER_ISA", isa)
+    model = MODEL.make(4)
+    seen: dict[bytes, tuple[int, int]] = {}
+    for n_workers in (1, 2, 3, 4):
+        with cpu_kernel(model, n_workers=n_workers, weights=weights, kv=kv, rows=N_IDS, ctx=N_IDS + 20) as kernel:
+            assert kernel.describe()["isa"] == isa
+            for chunk in (1, 7, 64, N_IDS):
+                seen[prefill(kernel, ids(), chunk=chunk).tobytes()] = (n_workers, chunk)
+    assert len(seen) == 1, f"different bits: {sorted(seen.values())}"
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_instruction_sets_agree(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within rounding: each walks k in the same order, but rounds products differently."""
+    if isa not in _cpu.isas():
+        pytest.skip(f"this CPU has no {isa}: nothing to run")
+    model, prompt = MODEL.make(4), ids()[:40]
+    found: list[NDArray[np.float32]] = []
+    for name in (_cpu.isas()[-1], isa):
+        monkeypatch.setenv("FLASHFORMER_ISA", name)
+        with cpu_kernel(model) as kernel:
+            found.append(prompt_logits(kernel, prompt))
+    assert relative_error(found[1], found[0]) < 1e-5
+
+
+def test_random_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 runs, each by workers that stall at random."""
+    model, prompt = MODEL.make(4), ids()[:9]
+    with cpu_kernel(model) as kernel:
+        expected = prefill(kernel, prompt, chunk=64).tobytes()
+    monkeypatch.setenv("FLASHFORMER_DELAYS", "12345")
+    runs = 0
+    for n_workers in (2, 3, 4):
+        with cpu_kernel(model, n_workers=n_workers) as kernel:
+            for _ in range(334):
+                assert prefill(kernel, prompt, chunk=64).tobytes() == expected
+                runs += 1
+    assert runs >= 1000
+
+
+@pytest.mark.parametrize(("weights", "kv"), FORMATS, ids=lambda f: f.name)
+def test_company_does_not_matter(weights: Format, kv: Format) -> None:
+    """A row's logits are the same alone and among 15 rows of other slots at other positions."""
+    model = MODEL.make(4)
+    prompts = [random_ids(seed, 3 + 19 * seed, MODEL.vocab) for seed in range(16)]
+    with cpu_kernel(model, n_workers=3, weights=weights, kv=kv, streams=16, ctx=320) as kernel:
+        for slot, prompt in enumerate(prompts):
+            prefill(kernel, prompt[:-1], chunk=64, slot=slot)
+        alone = []
+        for slot, prompt in enumerate(prompts):
+            put(kernel, 0, prompt[-1:], pos=len(prompt) - 1, slot=slot, want=Want.LOGITS)
+            kernel.forward(1)
+            alone.append(kernel.logits[0].tobytes())
+        for row, slot in enumerate(np.random.default_rng(3).permutation(16).tolist()):
+            put(kernel, row, prompts[slot][-1:], pos=len(prompts[slot]) - 1, slot=slot, want=Want.LOGITS)
+        kernel.forward(16)
+        together = {int(kernel.rows.slot[row]): kernel.logits[row].tobytes() for row in range(16)}
+    assert [together[slot] for slot in range(16)] == alone
+    assert len(set(alone)) == 16
+
+
+def test_sampled_tokens_are_keyed_by_seed_and_position() -> None:
+    """The token is the argmax of logits / T + noise, with the noise that backends/noise.py defines."""
+    from flashformer.backends.noise import gumbel
+
+    model, prompt = MODEL.make(4), ids()[:30]
+    tokens = set()
+    with cpu_kernel(model, n_workers=3) as kernel:
+        logits = prefill(kernel, prompt, chunk=64).astype(np.float64)
+        for seed in (0, 1, 7, 2**40 + 5, 2**64 - 1):
+            for temperature in (0.3, 1.0, 4.0):
+                put(kernel, 0, prompt[-1:], pos=len(prompt) - 1, slot=0, want=Want.TOKEN)
+                kernel.rows.temperature[0], kernel.rows.seed[0], kernel.rows.choice[0] = temperature, seed, 2
+                kernel.forward(1)
+                noise = gumbel(seed, 2, len(prompt) - 1, np.arange(MODEL.vocab))
+                scores = logits / temperature + noise
+                best = np.sort(scores)[-2:]
+                assert best[1] - best[0] > 1e-4, "too close to tell: choose another seed"
+                assert int(kernel.tokens[0]) == int(scores.argmax())
+                tokens.add(int(kernel.tokens[0]))
+    assert len(tokens) > 5
+
+
+def test_greedy_text_under_bf16_is_the_same_for_all_threads() -> None:
+    model = MODEL.make(4)
+    found = []
+    for n_workers in (1, 4):
+        with cpu_kernel(model, n_workers=n_workers, weights=BF16, kv=BF16, ctx=400) as kernel:
+            found.append(greedy(kernel, ids()[:50], 64))
+    assert found[0] == found[1]
