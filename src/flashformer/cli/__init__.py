@@ -1,0 +1,13 @@
+"""The `flashformer` command. Parsing and printing only; everything else is the library."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 fine, 1 our bug or this machine, 2 the user's input, 130 interrupted."""
+    try:
+        from .app import app
+
+        app(prog_name="flashformer")
+    except KeyboardInterrupt:  # outside a command, where typer does not see it
+        raise SystemExit(130) from None

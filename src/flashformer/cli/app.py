@@ -1,0 +1,22 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import typer
+
+from .bench import bench
+from .doctor import doctor
+from .output import Commands
+from .plan import plan
+from .run import run
+
+app = typer.Typer(
+    cls=Commands,
+    help="The whole transformer forward pass as one native call per token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+for command in (run, bench, plan, doctor):
+    app.command()(command)

@@ -1,0 +1,127 @@
+"""flashformer bench"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from ..backends.cpu.bandwidth import ReadProbe
+from ..bench import BenchOptions, DecodeBench, bench_decode, commit
+from ..bench.decode import FAULT
+from ..engine import load
+from ..errors import DeviceError, RequestError
+from ..model.outline import read_outline
+from .options import (
+    Device,
+    DeviceOpt,
+    Dtype,
+    DtypeOpt,
+    ExactOpt,
+    JsonOpt,
+    KvDtypeOpt,
+    ModelArg,
+    OfflineOpt,
+    QuietOpt,
+    RevisionOpt,
+    ThreadsOpt,
+)
+from .output import note, write_json
+
+PIPE_WIDTH = 120  # columns of the table where there is no terminal to ask
+
+
+def bench(
+    model: ModelArg,
+    new_tokens: Annotated[int, typer.Option("-n", "--new-tokens", help="tokens per slot and repeat")] = 64,
+    rows: Annotated[str, typer.Option("--rows", help="slots decoded at once, one test each")] = "1,2,4,8",
+    depth: Annotated[int, typer.Option("--depth", help="positions cached before the first token")] = 0,
+    repeat: Annotated[int, typer.Option("-r", "--repeat", help="repeats, which must agree")] = 5,
+    device: DeviceOpt = Device.AUTO,
+    dtype: DtypeOpt = Dtype.AUTO,
+    exact: ExactOpt = False,
+    kv_dtype: KvDtypeOpt = None,
+    threads: ThreadsOpt = None,
+    revision: RevisionOpt = None,
+    offline: OfflineOpt = False,
+    quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Decode speed beside this machine's read bandwidth, measured in turns in the same run."""
+    options = BenchOptions(new_tokens, _rows(rows), depth, repeat)
+    outline = read_outline(model, revision=revision, offline=offline)
+    llm = load(
+        model,
+        device=device.value,
+        dtype=dtype.value,
+        exact=exact,
+        kv_dtype=kv_dtype.value if kv_dtype else None,
+        ctx=options.ctx(outline.spec.max_positions),
+        streams=max(options.rows),
+        threads=threads,
+        revision=revision,
+        offline=offline,
+    )
+    results = []
+    with llm:
+        probe, source = _probe(llm.setup.target.n_workers, quiet), commit()
+        for n in options.rows:
+            results.append(bench_decode(llm, options, n, probe, source))
+            if as_json:
+                write_json(results[-1].to_json())
+            _report_faults(results[-1], llm.fits_in_cache)
+        fits_in_cache = llm.fits_in_cache
+    if not as_json:
+        _table(results, fits_in_cache)
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(f"--rows {text}: expected numbers from 1 to 16 with commas between, like 1,2,4,8") from None
+
+
+def _probe(n_threads: int, quiet: bool) -> ReadProbe | None:
+    try:
+        return ReadProbe(n_threads)
+    except DeviceError as error:
+        if not quiet:
+            note(f"warning: no bandwidth is measured: {error}")
+        return None
+
+
+def _report_faults(result: DecodeBench, fits_in_cache: bool) -> None:
+    if result.fraction is None or result.fraction <= FAULT:
+        return
+    if fits_in_cache:
+        note(f"rows {result.rows}: the weights fit in cache, so the fraction of memory bandwidth says nothing")
+    else:
+        note(
+            f"rows {result.rows}: fraction {result.fraction:.3f} is above {FAULT}: a fault of the probe, "
+            "do not use this number; measure again on a quiet machine"
+        )
+
+
+def _table(results: list[DecodeBench], fits_in_cache: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = results[0]
+    table = Table(title=f"{first.model} on {first.device}, {first.threads} threads, {first.commit}")
+    for heading in ("test", "rows", "depth", "tok/s", "ms per token (min to max)", "GB/s", "probe GB/s", "fraction"):
+        table.add_column(heading, justify="left" if heading == "test" else "right")
+    for r in results:
+        ms = r.ms_per_token
+        table.add_row(
+            r.test,
+            str(r.rows),
+            str(r.depth),
+            f"{r.tokens_per_s:.1f}",
+            f"{ms['median']:.3f} ({ms['min']:.3f} to {ms['max']:.3f})",
+            f"{r.gb_per_s:.1f}",
+            "-" if r.probe_gb_per_s is None else f"{r.probe_gb_per_s:.1f}",
+            "in cache" if fits_in_cache else "-" if r.fraction is None else f"{100 * r.fraction:.0f}%",
+        )
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

@@ -1,0 +1,59 @@
+"""Where output goes: results to stdout as UTF-8, everything else to stderr; and what an error becomes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import FlashformerError, LoadError, NumericalError, RequestError
+
+USER_ERRORS = (LoadError, RequestError, NumericalError)  # exit 2; every other FlashformerError is 1
+
+
+def write(text: str) -> None:
+    """Writes to stdout at once, whatever the locale."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()
+
+
+def write_json(value: Mapping[str, object]) -> None:
+    """One line."""
+    write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _show_warning(message: object, *_: Any, **__: Any) -> None:
+    note(f"warning: {message}")
+
+
+class Commands(TyperGroup):
+    """Turns exceptions of commands into one message and an exit code. Warnings are lines of their own.
+
+    Interrupts become 130 in typer.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", UserWarning)
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except FlashformerError as error:
+            note(f"flashformer: {type(error).__name__}: {error}")
+            raise typer.Exit(2 if isinstance(error, USER_ERRORS) else 1) from error
+        except BrokenPipeError as error:
+            # Whoever read our output has gone, which is no fault; the interpreter's last flush must not fail either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from error

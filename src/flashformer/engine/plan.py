@@ -1,0 +1,131 @@
+"""What a model will cost here, from its configuration alone: memory, phases, bytes per token, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from ..check import check
+from ..model.outline import read_outline
+from ..program import Program, build
+from ..program.ops import bytes_read
+from .setup import Options, Setup, kv_position_bytes, set_up
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase. `bytes`: packed weights read by all workers; `worker_bytes`: by each."""
+
+    op: str
+    layer: int  # -1 outside the layers
+    units: int
+    bytes: int
+    worker_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shown by `flashformer plan`, and `llm.plan`. Sizes in bytes."""
+
+    model: str
+    device: str
+    isa: str | None
+    threads: int
+    threads_why: str
+    dtype: str
+    kv_dtype: str
+    exact: bool
+    ctx: int
+    ctx_why: str
+    streams: int
+    prompt_chunk: int
+    memory: Mapping[str, int]  # weights_bytes, kv_bytes, buffers_bytes, total_bytes
+    free_bytes: int | None
+    weight_bytes_per_token: int  # read once per forward, whatever its rows
+    kv_bytes_per_position: int  # read once per forward for each cached position of each slot
+    phases: tuple[PhasePlan, ...]
+    proof: Mapping[str, int] | None = None  # facts proved, by name
+    probe_gb_per_s: float | None = None  # read bandwidth measured for this plan
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def floor_ms(self) -> float | None:
+        """Least time of a token of one stream with an empty cache: bytes / measured bandwidth."""
+        return self.weight_bytes_per_token / self.probe_gb_per_s / 1e6 if self.probe_gb_per_s else None
+
+    @property
+    def floor_full_ms(self) -> float | None:
+        """The same with `ctx` cached positions."""
+        n_bytes = self.weight_bytes_per_token + self.ctx * self.kv_bytes_per_position
+        return n_bytes / self.probe_gb_per_s / 1e6 if self.probe_gb_per_s else None
+
+    def to_json(self) -> dict[str, object]:
+        return {**asdict(self), "floor_ms": self.floor_ms, "floor_full_ms": self.floor_full_ms}
+
+
+def weight_read_bytes(program: Program) -> int:
+    """Weight elements that every token must read, without the padding of tiles."""
+    matrices = (phase.matrix for phase in program.phases if phase.matrix is not None)
+    return sum(m.n_out * m.k * m.format.bits for m in matrices) // 8
+
+
+def make_plan(name: str, program: Program, setup: Setup, *, isa: object = None) -> Plan:
+    target, memory, workers = program.target, program.memory, range(program.target.n_workers)
+    phases = []
+    for phase in program.phases:
+        read = tuple(bytes_read(phase, worker) for worker in workers)
+        phases.append(PhasePlan(phase.op.value, phase.layer, phase.n_units, sum(read), read))
+    return Plan(
+        model=name,
+        device=setup.device,
+        isa=None if isa is None else str(isa),
+        threads=target.n_workers,
+        threads_why=setup.threads.why,
+        dtype=target.weight_format.name,
+        kv_dtype=target.kv_format.name,
+        exact=target.exact,
+        ctx=target.ctx,
+        ctx_why=setup.ctx_why,
+        streams=target.streams,
+        prompt_chunk=setup.prompt_chunk,
+        memory={
+            "weights_bytes": memory.weights_bytes,
+            "kv_bytes": memory.kv_bytes,
+            "buffers_bytes": memory.buffers_bytes,
+            "total_bytes": memory.total_bytes,
+        },
+        free_bytes=None if setup.free is None else int(setup.free.value),
+        weight_bytes_per_token=weight_read_bytes(program),
+        kv_bytes_per_position=kv_position_bytes(program.spec, target.kv_format),
+        phases=tuple(phases),
+        warnings=_warnings(program, setup),
+    )
+
+
+def plan_model(
+    model: str,
+    options: Options,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    prove: bool = False,
+    isa: object = None,
+) -> Plan:
+    """The plan of a model that is not loaded, from its configuration. `prove` runs the proof too, as `load` does.
+
+    Raises RequestError, LoadError and DeviceError as `load` would, ProgramError if the proof fails.
+    """
+    outline = read_outline(model, revision=revision, offline=offline)
+    setup = set_up(outline.spec, outline.stored_format, options)
+    program = build(outline.spec, setup.target)
+    plan = make_plan(outline.name, program, setup, isa=isa)
+    return replace(plan, proof=dict(check(program).proved)) if prove else plan
+
+
+def _warnings(program: Program, setup: Setup) -> tuple[str, ...]:
+    found = [setup.threads.warning] if setup.threads.warning else []
+    if setup.free is not None and program.memory.total_bytes > setup.free.value:
+        found.append(
+            f"needs {program.memory.total_bytes:,} bytes, {int(setup.free.value):,} are free: it will not load"
+        )
+    return tuple(found)

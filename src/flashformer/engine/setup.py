@@ -1,0 +1,109 @@
+"""Arguments of a load -> the Target that a Program is built for, with the reason for every choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..backends.cpu import topology
+from ..backends.registry import PROMPT_CHUNK, resolve_device
+from ..errors import LoadError, RequestError
+from ..formats import F32, FORMATS, Format
+from ..model.spec import ModelSpec
+from ..program.ir import KEY_CHUNK, MAX_HEAD_ROWS, Memory, Target
+from .request import LIMITS, flag, integer
+
+DEFAULT_CTX = 8192
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to load a model. None and "auto" mean: choose, and say why in the plan. Raises RequestError."""
+
+    device: str = "auto"
+    dtype: str = "auto"  # format of the weights in memory
+    kv_dtype: str | None = None
+    exact: bool = False  # activations stay fp32 at the input of products
+    ctx: int | None = None  # positions per slot
+    streams: int = 1  # slots
+    threads: int | None = None
+    prompt_chunk: int | None = None  # rows of a prompt per forward
+
+    def __post_init__(self) -> None:
+        _name("dtype", self.dtype, ("auto", *FORMATS))
+        if self.kv_dtype is not None:
+            _name("kv_dtype", self.kv_dtype, tuple(FORMATS))
+        flag("exact", self.exact)
+        integer("streams", self.streams, LIMITS.streams)
+        if self.threads is not None:
+            integer("threads", self.threads, LIMITS.threads)
+        if self.prompt_chunk is not None:
+            integer("prompt_chunk", self.prompt_chunk, LIMITS.prompt_chunk)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A Target and why it is as it is."""
+
+    device: str
+    target: Target
+    prompt_chunk: int
+    threads: topology.Threads
+    ctx_why: str
+    free: topology.Limit | None  # memory free when this was decided
+
+
+def set_up(spec: ModelSpec, stored: Format, options: Options) -> Setup:
+    """Chooses threads, formats and context. Raises RequestError, LoadError, DeviceError."""
+    device = resolve_device(options.device)
+    threads = topology.choose_threads(options.threads)
+    weight_format = stored if options.dtype == "auto" else FORMATS[options.dtype]
+    kv_format = FORMATS[options.kv_dtype or ("f32" if weight_format is F32 else "bf16")]
+    chunk = PROMPT_CHUNK if options.prompt_chunk is None else options.prompt_chunk
+    free = topology.free_memory()
+    ctx, ctx_why = _context(spec, options, kv_format, free)
+    target = Target(
+        n_workers=threads.n,
+        weight_format=weight_format,
+        kv_format=kv_format,
+        rows=max(chunk, MAX_HEAD_ROWS),
+        streams=options.streams,
+        ctx=ctx,
+        exact=options.exact,
+    )
+    return Setup(device, target, chunk, threads, ctx_why, free)
+
+
+def kv_position_bytes(spec: ModelSpec, kv_format: Format) -> int:
+    """Bytes of one cached position of one slot, all layers: what a later token reads of it."""
+    return sum(2 * layer.kv_width for layer in spec.layers) * kv_format.element_bytes
+
+
+def require_memory(memory: Memory, setup: Setup) -> None:
+    """Refuses a load that cannot fit, before it allocates. Raises LoadError."""
+    if setup.free is None or memory.total_bytes <= setup.free.value:
+        return
+    raise LoadError(
+        f"the model needs {memory.total_bytes:,} bytes (weights {memory.weights_bytes:,}, KV cache "
+        f"{memory.kv_bytes:,}, buffers {memory.buffers_bytes:,}), but {int(setup.free.value):,} are free "
+        f"({setup.free.source}): lower ctx or streams, or free memory"
+    )
+
+
+def _name(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RequestError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+
+
+def _context(spec: ModelSpec, options: Options, kv_format: Format, free: topology.Limit | None) -> tuple[int, str]:
+    most = spec.max_positions
+    if options.ctx is not None:
+        return integer("ctx", options.ctx, (1, most)), f"asked for; the model allows {most}"
+    choices = [(most, "the model's maximum"), (DEFAULT_CTX, "the default limit")]
+    if free is not None:
+        fits = int(free.value) // 4 // (kv_position_bytes(spec, kv_format) * options.streams)
+        fits -= fits % KEY_CHUNK
+        choices.append((fits, f"what a quarter of the free {free.value / 2**30:.1f} GiB holds ({free.source})"))
+    ctx, why = min(choices)
+    if ctx < 1:
+        raise LoadError(f"no memory for {KEY_CHUNK} positions of context in {why}: give ctx, or lower streams")
+    return ctx, why

@@ -1,0 +1,308 @@
+"""Requests, answers and plans, over the reference backend; greedy tokens against transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folders
+import numpy as np
+import pytest
+import torch
+from folders import BOS, EOS, VOCAB_SIZE, model_folder
+from transformers import LlamaForCausalLM
+
+import flashformer as ff
+from flashformer.backends.cpu import topology
+from flashformer.engine import Options, plan_model
+from flashformer.engine.request import LIMITS, defaults
+from flashformer.engine.stats import make_timing, percentile, stats_line
+
+CTX = folders.CONFIG["max_position_embeddings"]
+PROMPT = "def f(x):"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
+def load(folder: Path, **options: object) -> ff.LLM:
+    return ff.load(folder, device="reference", threads=2, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path):
+    with load(folder, streams=2) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> LlamaForCausalLM:
+    torch.set_num_threads(1)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def encoded(text: str) -> list[int]:
+    return folders.byte_tokenizer().encode(text).ids
+
+
+def greedy(oracle: LlamaForCausalLM, ids: list[int], n: int) -> list[int]:
+    """n greedy tokens by whole-prompt forwards; EOS does not end them."""
+    ids = list(ids)
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(oracle(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[-n:]
+
+
+# ---- answers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_greedy_tokens_equal_transformers(folder: Path, oracle: LlamaForCausalLM, chunk: int) -> None:
+    with load(folder, prompt_chunk=chunk) as llm:
+        out = llm.generate(PROMPT, max_tokens=20, ignore_eos=True)
+    expected = greedy(oracle, encoded(PROMPT), 20)
+    assert out.token_ids == expected
+    assert len(set(expected)) > 5
+    assert out.prompt_token_ids == encoded(PROMPT)
+    assert out.finish_reason == "length"
+
+
+def test_logits_equal_transformers_after_each_position(llm: ff.LLM, oracle: LlamaForCausalLM) -> None:
+    ids = np.random.default_rng(3).integers(0, VOCAB_SIZE, 41).tolist()  # several chunks of head rows
+    with torch.no_grad():
+        expected = oracle(torch.tensor([ids])).logits[0].numpy()
+    found = llm.logits(ids)
+    assert found.dtype == np.float32
+    assert found.shape == (41, VOCAB_SIZE)
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_eos_ends_the_text_and_is_the_last_id(folder: Path, oracle: LlamaForCausalLM, tmp_path: Path) -> None:
+    tokens = greedy(oracle, encoded(PROMPT), 12)
+    ending = next(t for i, t in enumerate(tokens) if i >= 3 and t not in tokens[:i])
+    stop = model_folder(tmp_path / "stop", generation={"eos_token_id": [ending, EOS]})
+    with load(stop) as llm:
+        out = llm.generate(PROMPT, max_tokens=12)
+        on = llm.generate(PROMPT, max_tokens=12, ignore_eos=True)
+    assert out.finish_reason == "stop"
+    assert out.token_ids == tokens[: tokens.index(ending) + 1]
+    assert out.text == folders.byte_tokenizer().decode(out.token_ids[:-1])
+    assert on.token_ids == tokens
+
+
+def test_pieces_joined_are_the_text(llm: ff.LLM) -> None:
+    out = llm.generate("héllo", max_tokens=30, temperature=1.5, seed=11, ignore_eos=True)
+    stream = llm.stream("héllo", max_tokens=30, temperature=1.5, seed=11, ignore_eos=True)
+    pieces = list(stream)
+    assert "".join(p.text for p in pieces) == out.text == folders.byte_tokenizer().decode(out.token_ids)
+    assert [p.token_id for p in pieces if p.token_id is not None] == out.token_ids
+    assert stream.output.text == out.text
+    assert any(p.text == "" for p in pieces)  # bytes of incomplete characters
+
+
+def test_seeds(llm: ff.LLM) -> None:
+    def sample(seed: int | None) -> ff.Output:
+        return llm.generate("a", max_tokens=16, temperature=1.0, seed=seed, ignore_eos=True)
+
+    drawn = sample(None)
+    assert sample(drawn.seed).token_ids == drawn.token_ids
+    assert sample(2**64 - 1).seed == 2**64 - 1
+    assert len({tuple(sample(seed).token_ids) for seed in range(4)}) == 4
+    assert sample(None).seed != sample(None).seed
+
+
+def test_a_list_of_prompts_gives_what_each_gives_alone(llm: ff.LLM) -> None:
+    prompts = ["one", "two", "three and more"]
+    together = llm.generate(prompts, max_tokens=6, temperature=1.0, seed=5)
+    alone = [llm.generate(p, max_tokens=6, temperature=1.0, seed=5) for p in prompts]
+    assert [o.token_ids for o in together] == [o.token_ids for o in alone]
+    ids = llm.generate([encoded("one"), encoded("two")], max_tokens=6, temperature=1.0, seed=5)
+    assert [o.token_ids for o in ids] == [o.token_ids for o in alone[:2]]
+
+
+def test_temperature_defaults_come_from_the_generation_config_only_if_it_samples(tmp_path: Path) -> None:
+    assert defaults({"temperature": 0.7}).temperature == 0
+    assert defaults({"do_sample": True}).temperature == 1
+    sampling = defaults({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0})
+    assert (sampling.temperature, sampling.unused) == (0.7, ("top_p=0.9",))
+    with pytest.raises(ff.LoadError, match="temperature='hot'"):
+        defaults({"do_sample": True, "temperature": "hot"})
+    llm = load(model_folder(tmp_path / "m", generation={"do_sample": True, "temperature": 2.0, "top_p": 0.9}))
+    with pytest.warns(UserWarning, match=r"top_p=0\.9"):
+        llm.generate(PROMPT, max_tokens=1)
+    with load(model_folder(tmp_path / "m", generation={"do_sample": True, "temperature": 2.0})) as llm:
+        sampled = llm.generate(PROMPT, max_tokens=12, seed=1)
+        assert sampled.token_ids == llm.generate(PROMPT, max_tokens=12, seed=1, temperature=2.0).token_ids
+        assert sampled.token_ids != llm.generate(PROMPT, max_tokens=12, seed=1, temperature=0).token_ids
+
+
+# ---- limits -------------------------------------------------------------------------------------------
+
+BAD_IDS = [[True], [1.0], [2**40], [-1], [VOCAB_SIZE], [1, None], ["a", 1], [np.float32(1)], np.ones((2, 2), int)]
+
+
+@pytest.mark.parametrize("ids", BAD_IDS, ids=repr)
+def test_bad_token_ids_are_refused(llm: ff.LLM, ids: object) -> None:
+    for call in (llm.generate, llm.stream, llm.logits):
+        with pytest.raises(ff.RequestError):
+            call(ids)  # type: ignore[operator]
+
+
+BAD_ARGUMENTS = [
+    {"max_tokens": 0},
+    {"max_tokens": -1},
+    {"max_tokens": 2**40},
+    {"max_tokens": 1.5},
+    {"max_tokens": True},
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
+    {"temperature": -1},
+    {"temperature": 1e9},
+    {"temperature": 1e-30},
+    {"temperature": "1"},
+    {"seed": -1},
+    {"seed": 2**64},
+    {"seed": 1.0},
+    {"ignore_eos": 1},
+]
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=repr)
+def test_arguments_out_of_range_are_refused(llm: ff.LLM, arguments: dict[str, object]) -> None:
+    with pytest.raises(ff.RequestError, match=next(iter(arguments))):
+        llm.generate("a", **arguments)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("name", ["top_k", "stop", "logprobs", "speculate", "max_token"])
+def test_unknown_arguments_are_errors(llm: ff.LLM, name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        llm.generate("a", **{name: 1})  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [], (), {"a": 1}, b"bytes", "\ud800", [[]], [["a"]]], ids=repr)
+def test_prompts_of_no_kind_are_refused(llm: ff.LLM, prompt: object) -> None:
+    with pytest.raises(ff.RequestError):
+        llm.generate(prompt)  # type: ignore[call-overload]
+
+
+def test_prompt_longer_than_the_context_names_both_numbers(llm: ff.LLM) -> None:
+    for call in (llm.generate, llm.logits):
+        with pytest.raises(ff.RequestError, match=rf"\b{CTX + 1}\b.*\b{CTX}\b"):
+            call([3] * (CTX + 1))
+        with pytest.raises(ff.RequestError, match=rf"\b{CTX + 10}\b.*\b{CTX}\b"):
+            call("x" * (CTX + 9))
+    with pytest.raises(ff.RequestError, match="no room"):
+        llm.generate([3] * CTX)
+    assert llm.logits([3] * CTX).shape == (CTX, VOCAB_SIZE)
+
+
+def test_prompt_and_new_tokens_beyond_the_context_are_clamped(llm: ff.LLM) -> None:
+    out = llm.generate([3] * (CTX - 4), max_tokens=50, ignore_eos=True)
+    assert (len(out.token_ids), out.finish_reason) == (4, "length")
+
+
+def test_text_is_refused_above_its_limit(llm: ff.LLM) -> None:
+    with pytest.raises(ff.RequestError, match=str(LIMITS.prompt_chars)):
+        llm.generate("x" * (LIMITS.prompt_chars + 1))
+
+
+def test_empty_text_is_bos_or_an_error(llm: ff.LLM, tmp_path: Path) -> None:
+    assert llm.generate("", max_tokens=2).prompt_token_ids == [BOS]
+    with load(model_folder(tmp_path / "bos", add_bos=False)) as no_rule:
+        assert no_rule.generate("", max_tokens=2).prompt_token_ids == [BOS]
+    with (
+        load(model_folder(tmp_path / "none", add_bos=False, bos_token_id=None)) as no_bos,
+        pytest.raises(ff.RequestError, match="BOS"),
+    ):
+        no_bos.generate("")
+
+
+BAD_OPTIONS = [
+    {"ctx": 0},
+    {"ctx": CTX + 1},
+    {"streams": 0},
+    {"streams": 17},
+    {"threads": 0},
+    {"prompt_chunk": 0},
+    {"dtype": "f16"},
+    {"kv_dtype": "int8"},
+    {"exact": 1},
+    {"ctx": 1.5},
+]
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=repr)
+def test_load_options_out_of_range_are_refused(folder: Path, options: dict[str, object]) -> None:
+    with pytest.raises(ff.RequestError, match=next(iter(options))):
+        ff.load(folder, **({"device": "reference"} | options))  # type: ignore[arg-type]
+
+
+def test_more_threads_than_cpus_are_obeyed_with_a_warning(folder: Path) -> None:
+    n = len(topology.affinity()) + 1
+    with (
+        pytest.warns(UserWarning, match=f"{n} threads asked for"),
+        ff.load(folder, device="reference", threads=n) as llm,
+    ):
+        assert llm.program.target.n_workers == n
+
+
+def test_devices_that_are_not_there(folder: Path) -> None:
+    with pytest.raises(ff.DeviceError, match="CUDA"):
+        ff.load(folder, device="cuda")
+    with pytest.raises(ff.RequestError, match="device='tpu'"):
+        ff.load(folder, device="tpu")
+
+
+# ---- plans and statistics -----------------------------------------------------------------------------
+
+
+def test_plan_needs_only_the_configuration_and_agrees_with_the_loaded_model(tmp_path: Path, llm: ff.LLM) -> None:
+    bare = model_folder(tmp_path / "bare", weights=False)
+    plan = plan_model(str(bare), Options(device="reference", threads=2, streams=2), prove=True)
+    assert plan.memory == llm.plan.memory
+    assert plan.phases == llm.plan.phases
+    assert set(plan.memory) == {"weights_bytes", "kv_bytes", "buffers_bytes", "total_bytes"}
+    assert plan.memory["total_bytes"] == sum(plan.memory.values()) - plan.memory["total_bytes"]
+    assert plan.proof
+    assert all(sum(p.worker_bytes) == p.bytes for p in plan.phases)
+    assert sum(p.bytes for p in plan.phases) == llm.program.packed_bytes
+
+
+def test_plan_counts_the_bytes_that_config_implies() -> None:
+    plan = plan_model("shape:llama-3.2-1b", Options(threads=2, ctx=2048))
+    matrices = 16 * (2048 * (2048 + 512 + 512 + 2048) + 3 * 2048 * 8192) + 128256 * 2048
+    assert plan.weight_bytes_per_token == 2 * matrices
+    assert plan.kv_bytes_per_position == 16 * 2 * 512 * 2
+    assert plan.memory["kv_bytes"] == 2048 * plan.kv_bytes_per_position
+    assert (plan.dtype, plan.kv_dtype, plan.floor_ms) == ("bf16", "bf16", None)
+
+
+def test_formats_follow_their_defaults(folder: Path) -> None:
+    kinds = {dtype: plan_model(str(folder), Options(dtype=dtype)) for dtype in ("auto", "f32", "bf16")}
+    assert {k: (p.dtype, p.kv_dtype) for k, p in kinds.items()} == {
+        "auto": ("f32", "f32"),
+        "f32": ("f32", "f32"),
+        "bf16": ("bf16", "bf16"),
+    }
+
+
+def test_timing_arithmetic() -> None:
+    timing = make_timing(5_000_000, [1_000_000, 3_000_000, 2_000_000], 12_000_000)
+    assert (timing.ttft_ms, timing.n_tokens, timing.tok_s) == (5.0, 4, 500.0)
+    assert (timing.p50_ms, timing.p99_ms, timing.gb_s) == (2.0, 3.0, 2.0)
+    assert make_timing(5_000_000, [], 0).tok_s is None
+    assert percentile([float(i) for i in range(100)], 0.99) == 99.0
+
+
+def test_stats_line() -> None:
+    timing = ff.Timing(41.2, 128, 118.4, 8.4, 8.9, 31.2)
+    line = stats_line(23, timing, fits_in_cache=False, measured_gb_s=33.9, peak_bytes=987842478)
+    assert line == (
+        "prompt 23 tok 41 ms | 128 tok 118.4 tok/s (p50 8.4 p99 8.9 ms) | 31.2 GB/s = 92% of measured 33.9 | "
+        "peak 0.92 GiB"
+    )
+    cached = stats_line(23, timing, fits_in_cache=True, measured_gb_s=None, peak_bytes=0)
+    assert "weights fit in cache" in cached
+    assert "%" not in cached
