@@ -4,7 +4,10 @@
 
 About 4.2 M parameters, Llama architecture, byte-level BPE of 2048 tokens. The state goes to DIR every few
 minutes; the same command resumes it. Batches depend only on (seed, step), so a resumed run sees what an
-uninterrupted one would. Needs torch, tokenizers, safetensors and a C++ compiler (torch.compile).
+uninterrupted one would. The last POLISH_STEPS steps also teach the model out of loops: they make greedy text
+and lower the probability of what it repeats (Welleck et al. 2020, unlikelihood training).
+
+Needs torch, tokenizers, safetensors and a C++ compiler (torch.compile).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ VOCAB_SIZE, N_POS, NORM_EPS, ROPE_THETA = 2048, 512, 1e-5, 10000.0
 BATCH, PEAK_LR, WARMUP_STEPS, COOLDOWN, WEIGHT_DECAY, SEED = 8, 3e-3, 200, 0.4, 0.1, 20261121
 SPECIALS = ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 BOS, EOS = 0, 1
+POLISH_STEPS, POLISH_LR, POLISH_WEIGHT, POLISH_TOKENS, REPEATED = 400, 5e-4, 1.0, 112, 10
 
 # Words, numbers and punctuation keep the space that follows them, so that a prompt such as "def " ends
 # on a whole token; indentation is a token of its own.
@@ -111,6 +115,20 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS) * self.weight
 
 
+class Cache:
+    """Keys and values of earlier positions, by attention module."""
+
+    def __init__(self) -> None:
+        self.kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, module: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if module in self.kept:
+            k = torch.cat([self.kept[module][0], k], 2)
+            v = torch.cat([self.kept[module][1], v], 2)
+        self.kept[module] = k, v
+        return k, v
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +137,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D_MODEL, N_KV_HEADS * HEAD_DIM, bias=False)
         self.o_proj = nn.Linear(N_HEADS * HEAD_DIM, D_MODEL, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
         b, t, _ = x.shape
 
         def heads(y: Tensor) -> Tensor:
@@ -130,9 +148,11 @@ class Attention(nn.Module):
             return torch.cat([a * cos - c * sin, c * cos + a * sin], -1).to(y.dtype)
 
         q, k, v = rope(heads(self.q_proj(x))), rope(heads(self.k_proj(x))), heads(self.v_proj(x))
+        if cache is not None:
+            k, v = cache.extend(self, k, v)
         group = N_HEADS // N_KV_HEADS
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -153,8 +173,8 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(), RMSNorm()
         self.self_attn, self.mlp = Attention(), MLP()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -174,11 +194,11 @@ class Llama(nn.Module):
                     p, std=0.02 if "o_proj" not in name and "down" not in name else 0.02 / math.sqrt(2 * N_LAYERS)
                 )
 
-    def forward(self, ids: Tensor) -> Tensor:  # (b, t) -> (b, t, vocab)
+    def forward(self, ids: Tensor, pos: int = 0, cache: Cache | None = None) -> Tensor:  # (b, t) -> (b, t, vocab)
         x = self.embed_tokens(ids).float()
-        t = ids.shape[1]
+        end = pos + ids.shape[1]
         for layer in self.layers:
-            x = layer(x, self.cos[:t], self.sin[:t])
+            x = layer(x, self.cos[pos:end], self.sin[pos:end], cache)
         return F.linear(self.norm(x), self.embed_tokens.weight)
 
 
@@ -203,11 +223,54 @@ def bits_per_byte(model: nn.Module, tok: Tokenizer, texts: list[str], limit_byte
     return bits / n_bytes
 
 
+# ---- polish: fewer loops in greedy text -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def greedy(model: Llama, prefix: Tensor, n: int) -> Tensor:
+    """(b, t) -> (b, t + n)."""
+    cache, ids, fed = Cache(), prefix, 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(n):
+            logits = model(ids[:, fed:], fed, cache)
+            fed = ids.shape[1]
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def repeats(ids: Tensor, begin: int) -> Tensor:
+    """(b, t) bool: tokens from `begin` on that complete a REPEATED-gram which the row already holds."""
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, tokens in enumerate(ids.tolist()):
+        seen = set()
+        for end in range(REPEATED, len(tokens) + 1):
+            gram = tuple(tokens[end - REPEATED : end])
+            mask[row, end - 1] = end > begin and gram in seen
+            seen.add(gram)
+    return mask
+
+
+def unlikelihood(model: Llama, data: Data, step: int) -> Tensor:
+    """Sequence-level unlikelihood (Welleck et al. 2020): -log(1 - p) of tokens that repeat in greedy text."""
+    rng = torch.Generator().manual_seed(SEED * 1_000_003 - 1 - step)
+    length = int(torch.randint(2, 24, (1,), generator=rng))
+    prefix = torch.cat([data.batch(-1 - step), data.batch(-1_000_000 - step)])[:, :length]
+    ids = greedy(model, prefix, POLISH_TOKENS)
+    mask = repeats(ids, length)[:, 1:]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids[:, :-1])
+    p = logits.float().softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    loss = -torch.log((1 - p).clamp_min(1e-3)) * mask
+    return loss.sum() / mask.numel()
+
+
 # ---- training -----------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, n_steps: int) -> float:
-    """Warm-up, plateau, linear cool-down to zero."""
+    """Warm-up, plateau, linear cool-down to zero; then once more from POLISH_LR to zero."""
+    if step >= n_steps:
+        return POLISH_LR * (1 - (step - n_steps) / POLISH_STEPS)
     return PEAK_LR * min((step + 1) / WARMUP_STEPS, 1.0, (n_steps - step) / (COOLDOWN * n_steps))
 
 
@@ -245,16 +308,21 @@ def train(args: argparse.Namespace) -> None:
         torch.save(state, state_path.with_suffix(".tmp"))
         state_path.with_suffix(".tmp").rename(state_path)
 
-    n_steps = math.ceil(args.tokens / (BATCH * N_POS))
+    n_steps = math.ceil(args.tokens / (BATCH * N_POS)) - POLISH_STEPS
     compiled = torch.compile(loss_of)
     last_save = last_log = time.monotonic()
     losses: list[float] = []
-    while step < n_steps:
+    repeated_losses: list[float] = []
+    while step < n_steps + POLISH_STEPS:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, n_steps)
         loss = compiled(model, data.batch(step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if step >= n_steps:
+            repeated = unlikelihood(model, data, step)
+            (POLISH_WEIGHT * repeated).backward()
+            repeated_losses.append(float(repeated.detach()))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -264,8 +332,12 @@ def train(args: argparse.Namespace) -> None:
             seconds += now - last_log
             rate = 100 * BATCH * N_POS / (now - last_log)
             last_log = now
-            print(f"step {step}/{n_steps} loss {sum(losses) / len(losses):.3f} {rate:.0f} tok/s", flush=True)
+            said = f"step {step}/{n_steps} loss {sum(losses) / len(losses):.3f} {rate:.0f} tok/s"
+            if repeated_losses:
+                said += f" repeated {sum(repeated_losses) / len(repeated_losses):.4f}"
+            print(said, flush=True)
             losses.clear()
+            repeated_losses.clear()
             if now - last_save > 180:
                 save_state()
                 last_save = now
@@ -274,7 +346,8 @@ def train(args: argparse.Namespace) -> None:
     save_state()
     figures = {
         "held_out_bits_per_byte_fp32_weights": round(bits_per_byte(model, tok, held_out, 10**9), 4),
-        "training_tokens": n_steps * BATCH * N_POS,
+        "training_tokens": (n_steps + POLISH_STEPS) * BATCH * N_POS,
+        "polish_steps": POLISH_STEPS,
         "training_text_bytes": n_bytes,
         "training_minutes": round(seconds / 60, 1),
         "corpus_list_sha256": demo_corpus.list_digest(),

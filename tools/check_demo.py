@@ -1,0 +1,150 @@
+"""Judges the demo model by what it knows and what it writes, through this package's own engine.
+
+    python tools/check_demo.py MODEL_DIR [--sample] [--record]
+
+Prints each figure beside its bar and exits 1 when one fails. All held-out text is scored and all training text
+searched for copies, which takes minutes; --sample, for CI, takes excerpts of the one and a fifth of the other.
+--record also writes the figures into MODEL_DIR/training.json, from which the model card is filled.
+
+Held-out text is read from the running Python's standard library; files that differ from the pinned ones are
+left out, and with less than 50 KB left there is no verdict (exit 2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import demo_corpus
+import numpy as np
+from demo_judges import indents_consistently, longest_copy, loops, parses
+
+import flashformer
+from flashformer.engine import LLM
+
+BOS = 0
+WINDOW = 512  # tokens that one window of held-out text predicts
+LEAST_HELD_OUT_BYTES = 50_000
+N_SAMPLES = 200
+MAX_TOKENS = 128
+TEMPERATURE = 0.7
+SAMPLE_PROMPTS = ("def ", "class ", "import ", "    for ")
+GREEDY_PROMPTS = (
+    "def ", "class ", "import ", "from ", "    for ", "    if ", "    while ", "    return ", "    try:\n", "    with ",
+    "def __init__(self", "def main(", "def test_", "class Test", "if __name__ == ", "import os\nimport ", "    raise ",
+    "    def read(", "    self.assertEqual(", "_cache = ",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`key` of a figure, the worst value that passes, and which way is better."""
+
+    key: str
+    limit: float
+    higher_is_better: bool
+    says: str
+
+    def holds(self, value: float) -> bool:
+        return value >= self.limit if self.higher_is_better else value <= self.limit
+
+
+BARS = (
+    Bar("held_out_bits_per_byte", 1.30, False, "bits per byte of held-out standard library source"),
+    Bar("share_parsing", 0.50, True, "samples that are Python once an unfinished last statement is cut"),
+    Bar("share_indented", 0.90, True, "samples whose indentation is consistent"),
+    Bar("greedy_loops", 4, False, "of 20 greedy runs, those that end in a loop"),
+)
+
+
+def bits_per_byte(llm: LLM, texts: list[str]) -> float:
+    """Total bits over total bytes, in windows of WINDOW tokens behind a BOS each, as the training measures it."""
+    bits, n_bytes = 0.0, 0
+    for text in texts:
+        ids = llm.tokenizer.encode(text, add_special_tokens=False)
+        for begin in range(0, len(ids), WINDOW):
+            targets = ids[begin : begin + WINDOW]
+            logits = llm.logits([BOS, *targets[:-1]]).astype(np.float64)  # (len(targets), vocab_size)
+            logits -= logits.max(-1, keepdims=True)
+            log_total = np.log(np.exp(logits).sum(-1))
+            bits += float((log_total - logits[np.arange(len(targets)), targets]).sum()) / math.log(2)
+        n_bytes += len(text)
+    return bits / n_bytes
+
+
+def excerpts(texts: list[str]) -> list[str]:
+    """About 2 KB from the middle of every second text, from the beginning of a line."""
+    begins = [(text, text.find("\n", len(text) // 2) + 1) for text in texts[::2]]
+    return [text[begin : begin + 2048] for text, begin in begins]
+
+
+def write_samples(llm: LLM, n: int) -> list[tuple[str, str]]:
+    """n (prompt, completion) pairs; sample i has seed i."""
+    prompts = [SAMPLE_PROMPTS[i % len(SAMPLE_PROMPTS)] for i in range(n)]
+    return [
+        (p, llm.generate(p, max_tokens=MAX_TOKENS, temperature=TEMPERATURE, seed=i).text) for i, p in enumerate(prompts)
+    ]
+
+
+def share(samples: list[tuple[str, str]], judge: Callable[[str, str], bool]) -> float:
+    return sum(judge(p, c) for p, c in samples) / len(samples)
+
+
+def measure(llm: LLM, *, sample: bool) -> dict[str, float | int | str]:
+    """All figures. Raises SystemExit(2) where too little held-out text is found."""
+    files = demo_corpus.pinned_files()
+    held_out = list(demo_corpus.read_files([f for f in files if f.held_out], strict=False).values())
+    if sum(map(len, held_out)) < LEAST_HELD_OUT_BYTES:
+        found = sum(map(len, held_out))
+        print(
+            f"held-out text: {found} bytes under {demo_corpus.stdlib()} match {demo_corpus.LIST.name}, expected at "
+            f"least {LEAST_HELD_OUT_BYTES}: run this with the Python named in the first line of that list",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    texts = excerpts(held_out) if sample else held_out
+    samples = write_samples(llm, N_SAMPLES)
+    greedy = [llm.generate(p, max_tokens=MAX_TOKENS, temperature=0.0).token_ids for p in GREEDY_PROMPTS]
+    training = demo_corpus.read_files([f for f in files if not f.held_out], strict=False)
+    searched = list(training.values())[:: 5 if sample else 1]
+    copy = longest_copy([completion for _, completion in samples], searched)
+    return {
+        "held_out_bytes": sum(map(len, texts)),
+        "held_out_bits_per_byte": round(bits_per_byte(llm, texts), 4),
+        "samples": len(samples),
+        "share_parsing": round(share(samples, parses), 3),
+        "share_indented": round(share(samples, indents_consistently), 3),
+        "greedy_loops": sum(loops(ids) for ids in greedy),
+        "longest_copy_characters": len(copy),
+        "longest_copy": copy,
+        "training_text_searched_bytes": sum(map(len, searched)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--sample", action="store_true")
+    parser.add_argument("--record", action="store_true")
+    args = parser.parse_args()
+    with flashformer.load(str(args.model)) as llm:
+        figures = measure(llm, sample=args.sample)
+    failed = [bar for bar in BARS if not bar.holds(float(figures[bar.key]))]
+    for key, value in figures.items():
+        bar = next((b for b in BARS if b.key == key), None)
+        verdict = f"{'FAILED' if bar in failed else 'ok'}: bar {bar.limit:g}, {bar.says}" if bar else ""
+        print(f"{key:30} {value!r:12} {verdict}".rstrip())
+    if args.record:
+        path = args.model / "training.json"
+        record = json.loads(path.read_text()) | {"checked_sample" if args.sample else "checked": figures}
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

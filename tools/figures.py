@@ -1,0 +1,107 @@
+"""Fills the figures of README.md and of the demo's model card from recorded results; `--check` only compares.
+
+Each file has one table between the two marker lines below. No figure in them is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DEMO = ROOT / "src" / "flashformer" / "demo"
+BEGIN = "<!-- figures: written by tools/figures.py, begin -->"
+END = "<!-- figures: end -->"
+NO_FIGURES = "No figures are recorded yet."
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last record of every measurement, in the order in which the measurements first appear."""
+    keys = ("model", "quant", "device", "threads", "test", "rows", "depth")
+    return list({tuple(record[key] for key in keys): record for record in records}.values())
+
+
+def benchmark_figures(results: Path = RESULTS) -> str:
+    lines = [line for path in sorted(results.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    records = latest(record for record in map(json.loads, lines) if "tokens_per_s" in record)
+    if not records:
+        return NO_FIGURES
+
+    def shown(value: float | None, digits: int, unit: str = "") -> str:
+        return "" if value is None else f"{value:.{digits}f}{unit}"
+
+    def row(r: dict[str, Any]) -> list[object]:
+        test = f"{r['test']}, {r['rows']} rows" if r["rows"] != 1 else r["test"]
+        percent = None if r["fraction"] is None else 100 * r["fraction"]
+        speed = [shown(r["tokens_per_s"], 1), shown(r["gb_per_s"], 1), shown(r["probe_gb_per_s"], 1)]
+        return [r["model"], test, r["depth"], *speed, shown(percent, 0, " %"), r["commit"]]
+
+    machines = sorted({f"{r['device']}, {r['threads']} threads" for r in records})
+    header = ("model", "test", "context", "tokens/s", "GB/s", "measured read GB/s", "of measured", "commit")
+    return "\n".join([table(header, map(row, records)), "", f"Measured on: {'; '.join(machines)}."])
+
+
+def demo_figures(folder: Path = DEMO) -> str:
+    path = folder / "training.json"
+    if not path.exists():
+        return NO_FIGURES
+    record = json.loads(path.read_text())
+    rows: list[tuple[str, str]] = [
+        ("training text", f"{record['training_text_bytes'] / 1e6:.1f} MB"),
+        ("SHA-256 of the list of files", f"`{record['corpus_list_sha256']}`"),
+        ("tokens seen in training", f"{record['training_tokens'] / 1e6:.1f} M"),
+        ("time on two CPU cores", f"{record['training_minutes']:.0f} minutes"),
+        ("seed", str(record["seed"])),
+        ("bits per byte of held-out text, fp32 weights", f"{record['held_out_bits_per_byte_fp32_weights']:.3f}"),
+    ]
+    checked = record.get("checked")
+    if checked:
+        rows += [
+            ("the same, as shipped, through this engine", f"{checked['held_out_bits_per_byte']:.3f}"),
+            ("held-out text", f"{checked['held_out_bytes'] / 1e3:.0f} KB"),
+            ("samples that parse", f"{100 * checked['share_parsing']:.0f} % of {checked['samples']}"),
+            ("samples indented consistently", f"{100 * checked['share_indented']:.0f} % of {checked['samples']}"),
+            ("greedy runs that end in a loop", f"{checked['greedy_loops']} of 20"),
+            ("longest copy of training text in a sample", f"{checked['longest_copy_characters']} characters"),
+        ]
+    return table(("figure", "value"), rows)
+
+
+FILES: dict[Path, Callable[[], str]] = {ROOT / "README.md": benchmark_figures, DEMO / "README.md": demo_figures}
+
+
+def filled(text: str, figures: str) -> str:
+    before, found, rest = text.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not found or not closed or BEGIN in after:
+        raise SystemExit(f"the markers {BEGIN} and {END} must stand once each, in this order")
+    return f"{before}{BEGIN}\n{figures}\n{END}{after}"
+
+
+def main() -> None:
+    if sys.argv[1:] not in ([], ["--check"]):
+        raise SystemExit(__doc__)
+    for path, figures in FILES.items():
+        text = path.read_text()
+        new = filled(text, figures())
+        if new == text:
+            continue
+        if sys.argv[1:]:
+            raise SystemExit(
+                f"{path.relative_to(ROOT)} does not show the recorded figures: run python tools/figures.py"
+            )
+        path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
