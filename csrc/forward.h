@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "generated/program.h"
+#include "simd/pause.h"
 
 namespace flashformer {
 
@@ -106,7 +107,7 @@ struct Delays {
     state ^= state >> 7;
     state ^= state << 17;
     if ((state & 7) == 0) {
-      for (uint64_t i = state >> 8 & 0xFFF; i > 0; --i) __builtin_ia32_pause();
+      for (uint64_t i = state >> 8 & 0xFFF; i > 0; --i) pause();
     }
   }
 };

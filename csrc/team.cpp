@@ -58,7 +58,11 @@ bool Counter::wait_idle(uint32_t target, uint32_t spins, const std::atomic<bool>
 }
 
 Team::Team(int n_workers, uint32_t spins, const std::vector<int>& cpus, std::function<void(int)> work)
-    : n_workers_(n_workers), spins_(spins), process_(getpid()), work_(std::move(work)) {
+    : n_workers_(n_workers),
+      spins_(spins),
+      process_(getpid()),
+      caller_cpu_(cpus.empty() ? -1 : cpus[0]),
+      work_(std::move(work)) {
   sigset_t all, before;  // signals belong to the caller's threads
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -91,7 +95,19 @@ void Team::loop(int worker, int cpu) {
   for (uint32_t job = Counter::kStart + 1; jobs_.wait_idle(job, spins_, stop_); ++job) work_(worker);
 }
 
+// A caller on a helper's CPU would halve both. It is moved away and its mask restored, so that its owner's choice
+// stays.
+void Team::move_caller() const {
+  if (caller_cpu_ < 0 || sched_getcpu() == caller_cpu_) return;
+  cpu_set_t before, there;
+  CPU_ZERO(&there);
+  CPU_SET(caller_cpu_, &there);
+  if (sched_getaffinity(0, sizeof before, &before) != 0 || !CPU_ISSET(caller_cpu_, &before)) return;
+  if (sched_setaffinity(0, sizeof there, &there) == 0) sched_setaffinity(0, sizeof before, &before);
+}
+
 void Team::run() {
+  move_caller();
   begin_forward();
   if (n_workers_ > 1) jobs_.add_one();
   work_(0);

@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "simd/pause.h"
+
 namespace flashformer {
 
 // A 32-bit count that only grows (and wraps); waiters spin, then sleep in the kernel.
@@ -38,7 +40,6 @@ class alignas(64) Counter {
 
   bool reached(uint32_t target) const { return static_cast<int32_t>(load() - target) >= 0; }
   bool sleep(uint32_t target, const std::atomic<bool>& give_up, int64_t slices);
-  static void pause() { __builtin_ia32_pause(); }
 
   std::atomic<uint32_t> value_{kStart};
   alignas(64) std::atomic<uint32_t> sleepers_{0};
@@ -52,7 +53,8 @@ struct Stall {
 
 class Team {
  public:
-  // cpus: where helper threads are pinned, by worker; empty: nowhere. work(worker) runs in every worker per run().
+  // cpus: where helper threads are pinned, by worker; the caller is moved to the first, but not pinned. Empty: nowhere.
+  // work(worker) runs in every worker per run().
   Team(int n_workers, uint32_t spins, const std::vector<int>& cpus, std::function<void(int)> work);
   ~Team();
   Team(const Team&) = delete;
@@ -79,10 +81,12 @@ class Team {
 
  private:
   void loop(int worker, int cpu);
+  void move_caller() const;
 
   const int n_workers_;
   const uint32_t spins_;
   const int process_;
+  const int caller_cpu_;  // -1: wherever the caller is
   std::function<void(int)> work_;
   Counter jobs_, arrivals_;
   uint32_t base_ = Counter::kStart;

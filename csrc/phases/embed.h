@@ -1,5 +1,6 @@
 // embed: residual[row] = embedding[token], a block of kEmbedBlock columns per unit.
-// A tied embedding has no rows of its own: it is gathered from the tiles of the lm_head product.
+// A tied embedding has no rows of its own: it is gathered from the tiles of the lm_head product. The padding of the
+// residual is set to zero anew, so that a forward that ended in NaN leaves nothing behind.
 #pragma once
 
 #include "../forward.h"
@@ -38,6 +39,7 @@ void embed(Worker& worker, const Phase&, const Span& span) {
     for (int64_t r = 0; r < forward.n_rows; ++r) {
       float* out = forward.residual() + r * model.d_model_stride;
       const int64_t token = forward.row.token[r];
+      for (int64_t k = end; k < begin + kEmbedBlock; ++k) out[k] = 0;
       if (!tied) {
         const char* row = forward.weights + model.embed_offset + token * model.d_model * size;
         for (int64_t k = begin; k < end; ++k) out[k] = element_to_f32(row + k * size, format);

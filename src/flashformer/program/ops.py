@@ -192,4 +192,4 @@ def flops(phase: Phase, rows: int) -> int:
     return 2 * rows * phase.matrix.n_out * phase.matrix.k if phase.matrix else 0
 
 
-assert EMBED_BLOCK % LANES == 0
+assert EMBED_BLOCK % LANES == 0  # and rows are padded to it (VECTOR_PAD), so the last block covers the padding
