@@ -22,12 +22,24 @@ import demo_corpus
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from demo_model import (
+    D_FF,
+    D_MODEL,
+    HEAD_DIM,
+    N_HEADS,
+    N_KV_HEADS,
+    N_LAYERS,
+    N_POS,
+    NORM_EPS,
+    ROPE_THETA,
+    VOCAB_SIZE,
+    Cache,
+    Llama,
+)
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-D_MODEL, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM, D_FF = 256, 5, 4, 2, 64, 704
-VOCAB_SIZE, N_POS, NORM_EPS, ROPE_THETA = 2048, 512, 1e-5, 10000.0
 BATCH, PEAK_LR, WARMUP_STEPS, COOLDOWN, WEIGHT_DECAY, SEED = 8, 3e-3, 200, 0.4, 0.1, 20261121
 SPECIALS = ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 BOS, EOS = 0, 1
@@ -102,104 +114,7 @@ class Data:
         return torch.stack(rows)
 
 
-# ---- model: Llama, with Hugging Face's parameter names ---------------------------------------------------
-
-
-class RMSNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(D_MODEL))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + NORM_EPS) * self.weight
-
-
-class Cache:
-    """Keys and values of earlier positions, by attention module."""
-
-    def __init__(self) -> None:
-        self.kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, module: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if module in self.kept:
-            k = torch.cat([self.kept[module][0], k], 2)
-            v = torch.cat([self.kept[module][1], v], 2)
-        self.kept[module] = k, v
-        return k, v
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(D_MODEL, N_HEADS * HEAD_DIM, bias=False)
-        self.k_proj = nn.Linear(D_MODEL, N_KV_HEADS * HEAD_DIM, bias=False)
-        self.v_proj = nn.Linear(D_MODEL, N_KV_HEADS * HEAD_DIM, bias=False)
-        self.o_proj = nn.Linear(N_HEADS * HEAD_DIM, D_MODEL, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
-        b, t, _ = x.shape
-
-        def heads(y: Tensor) -> Tensor:
-            return y.view(b, t, -1, HEAD_DIM).transpose(1, 2)
-
-        def rope(y: Tensor) -> Tensor:
-            a, c = y.float().chunk(2, -1)
-            return torch.cat([a * cos - c * sin, c * cos + a * sin], -1).to(y.dtype)
-
-        q, k, v = rope(heads(self.q_proj(x))), rope(heads(self.k_proj(x))), heads(self.v_proj(x))
-        if cache is not None:
-            k, v = cache.extend(self, k, v)
-        group = N_HEADS // N_KV_HEADS
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(D_MODEL, D_FF, bias=False)
-        self.up_proj = nn.Linear(D_MODEL, D_FF, bias=False)
-        self.down_proj = nn.Linear(D_FF, D_MODEL, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(), RMSNorm()
-        self.self_attn, self.mlp = Attention(), MLP()
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Llama(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(VOCAB_SIZE, D_MODEL)
-        self.layers = nn.ModuleList([Layer() for _ in range(N_LAYERS)])
-        self.norm = RMSNorm()
-        inv_freq = ROPE_THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-        angle = torch.arange(N_POS)[:, None] * inv_freq
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                nn.init.normal_(
-                    p, std=0.02 if "o_proj" not in name and "down" not in name else 0.02 / math.sqrt(2 * N_LAYERS)
-                )
-
-    def forward(self, ids: Tensor, pos: int = 0, cache: Cache | None = None) -> Tensor:  # (b, t) -> (b, t, vocab)
-        x = self.embed_tokens(ids).float()
-        end = pos + ids.shape[1]
-        for layer in self.layers:
-            x = layer(x, self.cos[pos:end], self.sin[pos:end], cache)
-        return F.linear(self.norm(x), self.embed_tokens.weight)
+# ---- losses -----------------------------------------------------------------------------------------------
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
@@ -226,11 +141,10 @@ def bits_per_byte(model: nn.Module, tok: Tokenizer, texts: list[str], limit_byte
 # ---- polish: fewer loops in greedy text -----------------------------------------------------------------
 
 
-@torch.no_grad()
 def greedy(model: Llama, prefix: Tensor, n: int) -> Tensor:
     """(b, t) -> (b, t + n)."""
     cache, ids, fed = Cache(), prefix, 0
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(n):
             logits = model(ids[:, fed:], fed, cache)
             fed = ids.shape[1]

@@ -87,7 +87,7 @@ def _not_finite(matrix: PackedMatrix, tensors: list[Tensor], stacked_row: int) -
 
 def _bad_value(tensor: Tensor, row: int) -> LoadError:
     """Names the first element of a row that is not finite, in the file or once rounded."""
-    values = to_f32(np.ascontiguousarray(tensor.data[row]), tensor.format)
+    values = to_f32(np.asarray(tensor.data[row]), tensor.format)
     bad = np.argwhere(~np.isfinite(values))
     index = [row, *(bad[0].tolist() if len(bad) else [])]
     what = "NaN or Inf" if len(bad) else "too large for the format asked for"
