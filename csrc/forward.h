@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "generated/program.h"
-#include "simd/pause.h"
+#include "simd/thread.h"
 
 namespace flashformer {
 
@@ -147,8 +147,9 @@ struct Worker {
   }
   // Where this worker reads next, after the item it is in; the start of the tape once that was the last.
   const char* tape_ahead() const {
-    const TapeItem* next = tape < tape_end ? tape : forward->tapes + forward->tape_begin[index];
-    return forward->weights + next->begin;
+    const TapeItem* first = forward->tapes + forward->tape_begin[index];
+    if (first == tape_end) return forward->weights;  // a worker without tiles
+    return forward->weights + (tape < tape_end ? tape : first)->begin;
   }
 };
 

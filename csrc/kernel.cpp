@@ -1,6 +1,8 @@
 #include "kernel.h"
 
-#include <algorithm>
+#include <cfloat>
+
+#include "simd/thread.h"
 
 // A test's allocation counter may define this to learn when a forward is under way.
 extern "C" void flashformer_in_forward(int entered) __attribute__((weak));
@@ -41,15 +43,16 @@ void Kernel::clear_logs() {
 
 int64_t Kernel::find_bad_row(const RowArrays& rows, int64_t n_rows) const {
   const Model& m = arrays_.model;
-  if (n_rows < 1 || n_rows > m.rows) return n_rows;
+  if (n_rows < 1 || n_rows > m.rows) return 0;
   uint32_t slots_seen = 0;
   int64_t wanting = 0;
   for (int64_t r = 0; r < n_rows; ++r) {
     const int32_t slot = rows.slot[r], pos = rows.pos[r];
     const bool in_range = rows.token[r] >= 0 && rows.token[r] < m.vocab_size && slot >= 0 && slot < m.streams &&
-                          pos >= 0 && pos < m.ctx && rows.want[r] >= kWantNothing && rows.want[r] <= kWantLogits &&
-                          rows.temperature[r] >= 0;
+                          pos >= 0 && pos < m.ctx && rows.want[r] >= kWantNothing && rows.want[r] <= kWantLogits;
     if (!in_range) return r;
+    const bool samples = rows.temperature[r] >= 0 && rows.temperature[r] <= FLT_MAX && rows.choice[r] >= 0;
+    if (rows.want[r] != kWantNothing && !samples) return r;
     const bool continues = r > 0 && rows.slot[r - 1] == slot;
     if (continues ? pos != rows.pos[r - 1] + 1 : (slots_seen >> slot & 1) != 0) return r;
     slots_seen |= 1u << slot;
@@ -76,6 +79,13 @@ void Kernel::place_rows(const RowArrays& rows, int64_t n_rows) {
 
 Result Kernel::forward(const RowArrays& rows, int64_t n_rows) {
   if (!team_.belongs_to_this_process()) return {Outcome::kForked, 0};
+  if (busy_.test_and_set(std::memory_order_acquire)) return {Outcome::kBusy, 0};
+  const Result result = checked_forward(rows, n_rows);
+  busy_.clear(std::memory_order_release);
+  return result;
+}
+
+Result Kernel::checked_forward(const RowArrays& rows, int64_t n_rows) {
   if (team_.broken()) return {Outcome::kStalled, 0};
   if (const int64_t bad = find_bad_row(rows, n_rows); bad >= 0) return {Outcome::kBadRow, bad};
   if (flashformer_in_forward) flashformer_in_forward(1);
@@ -89,6 +99,7 @@ Result Kernel::forward(const RowArrays& rows, int64_t n_rows) {
 
 // One worker's way through the phases: wait, execute the span, arrive. All of it comes from the arrays.
 void Kernel::work(int index) {
+  const DefaultRounding rounding;
   Worker& worker = workers_[static_cast<std::size_t>(index)];
   worker.tape = forward_.tapes + forward_.tape_begin[index];
   worker.tape_end = forward_.tapes + forward_.tape_begin[index + 1];

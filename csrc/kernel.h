@@ -1,6 +1,7 @@
 // The CPU kernel: a Program as flat arrays, its memory, and a team that runs one forward per call.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -26,7 +27,7 @@ struct KernelOptions {
   int64_t log_capacity;   // entries per worker; 0: not recording
 };
 
-enum class Outcome { kDone, kBadRow, kNotFinite, kStalled, kForked };
+enum class Outcome { kDone, kBadRow, kNotFinite, kStalled, kForked, kBusy };
 
 struct Result {
   Outcome outcome;
@@ -48,10 +49,12 @@ class Kernel {
   void clear_logs();
 
  private:
+  Result checked_forward(const RowArrays& rows, int64_t n_rows);
   int64_t find_bad_row(const RowArrays& rows, int64_t n_rows) const;
   void place_rows(const RowArrays& rows, int64_t n_rows);
   void work(int worker);
 
+  std::atomic_flag busy_;  // a forward is under way
   KernelArrays arrays_;
   const PhaseTable* table_;
   Forward forward_;

@@ -65,7 +65,10 @@ Isa find_isa(const std::string& name) {
 
 // A Kernel with everything it points to.
 struct BoundKernel {
-  nb::object keep;  // regions and row arrays
+  nb::object keep;  // regions
+  std::tuple<Column<const int32_t>, Column<const int32_t>, Column<const int32_t>, Column<const int32_t>,
+             Column<const float>, Column<const uint64_t>, Column<const int32_t>>
+      columns;  // what `rows` points into
   std::unique_ptr<Kernel> kernel;
   RowArrays rows;
   bool dot;
@@ -103,6 +106,7 @@ std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases
   if (!table) throw std::invalid_argument("no kernel for these formats");
   auto bound = std::make_unique<BoundKernel>();
   bound->keep = std::move(keep);
+  bound->columns = {token, slot, pos, want, temperature, seed, choice};
   bound->rows = {token.data(), slot.data(), pos.data(), want.data(), temperature.data(), seed.data(), choice.data()};
   bound->dot = dot;
   bound->kernel =
@@ -187,8 +191,9 @@ NB_MODULE(_cpu, m) {
 
   nb::class_<BoundKernel>(m, "Kernel")
       .def(nb::new_(&make_kernel), "model"_a, "phases"_a, "schedule"_a, "tapes"_a, "tape_begin"_a, "weights"_a, "kv"_a,
-           "work"_a, "token"_a, "slot"_a, "pos"_a, "want"_a, "temperature"_a, "seed"_a, "choice"_a, "isa"_a, "spins"_a,
-           "cpus"_a, "delay_seed"_a, "log_capacity"_a, "keep"_a)
+           "work"_a, nb::arg("token").noconvert(), nb::arg("slot").noconvert(), nb::arg("pos").noconvert(),
+           nb::arg("want").noconvert(), nb::arg("temperature").noconvert(), nb::arg("seed").noconvert(),
+           nb::arg("choice").noconvert(), "isa"_a, "spins"_a, "cpus"_a, "delay_seed"_a, "log_capacity"_a, "keep"_a)
       .def("forward", &run_forward, "n_rows"_a, "Runs rows[:n_rows]; returns (outcome, detail).")
       .def("log", &read_log, "worker"_a, "[(phase, kind, value, begin)] since the last clear_logs.")
       .def("clear_logs", [](BoundKernel& self) { self.kernel->clear_logs(); })

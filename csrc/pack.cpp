@@ -30,7 +30,8 @@ void from_f32(float x, Format format, char* p) {
   }
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  const uint16_t half = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  uint16_t half = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) half = 0x7FC0;  // NaN stays NaN, whatever its payload
   std::memcpy(p, &half, 2);
 }
 
@@ -62,14 +63,16 @@ bool prepare_row(const Source& source, int64_t row, int64_t k, Format format, st
   return bad == 0;
 }
 
-// Runs body(i) for i in [0, n) over threads, in contiguous shares.
+// Runs body(begin, end, buffer) over threads, in contiguous shares of [0, n), each with a buffer of its own.
 template <class Body>
-void share(int64_t n, int n_threads, Body body) {
-  std::vector<std::thread> threads;
+void share(int64_t n, int n_threads, int64_t buffer_bytes, Body body) {
+  std::vector<std::vector<char>> buffers(static_cast<std::size_t>(n_threads));
+  for (std::vector<char>& buffer : buffers) buffer.resize(static_cast<std::size_t>(buffer_bytes));
+  std::vector<std::jthread> threads;  // joined also where one cannot be started
   for (int t = 0; t < n_threads; ++t) {
-    threads.emplace_back([=] { body(n * t / n_threads, n * (t + 1) / n_threads); });
+    std::vector<char>& buffer = buffers[static_cast<std::size_t>(t)];
+    threads.emplace_back([=, &buffer] { body(n * t / n_threads, n * (t + 1) / n_threads, buffer); });
   }
-  for (std::thread& t : threads) t.join();
 }
 
 const Source& source_of(const PackJob& job, int64_t* row) {
@@ -85,8 +88,7 @@ int64_t pack_tiles(const PackJob& job, int n_threads) {
   const int64_t outputs = job.vectors * kLanes, tile_bytes = outputs * job.k_padded * size,
                 step_bytes = job.vectors * 64;
   std::atomic<int64_t> bad_row{-1};
-  share(job.n_tiles, n_threads, [&](int64_t begin, int64_t end) {
-    std::vector<char> buffer(static_cast<std::size_t>(job.k * size));
+  share(job.n_tiles, n_threads, job.k * size, [&](int64_t begin, int64_t end, std::vector<char>& buffer) {
     for (int64_t tile = begin; tile < end; ++tile) {
       char* out = job.out + tile * tile_bytes;
       std::memset(out, 0, static_cast<std::size_t>(tile_bytes));
@@ -110,8 +112,7 @@ int64_t pack_tiles(const PackJob& job, int n_threads) {
 int64_t copy_rows(char* out, Format format, const Source& source, int64_t k, int n_threads) {
   const int64_t size = bytes_of(format);
   std::atomic<int64_t> bad_row{-1};
-  share(source.n_rows, n_threads, [&](int64_t begin, int64_t end) {
-    std::vector<char> buffer(static_cast<std::size_t>(k * size));
+  share(source.n_rows, n_threads, k * size, [&](int64_t begin, int64_t end, std::vector<char>& buffer) {
     for (int64_t row = begin; row < end; ++row) {
       const char* in;
       if (!prepare_row(source, row, k, format, buffer, &in)) bad_row.store(row);

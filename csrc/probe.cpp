@@ -35,10 +35,15 @@ double read_bandwidth(const char* begin, int64_t n_bytes, int n_threads, bool pr
     rates[static_cast<std::size_t>(t)] = static_cast<double>(done) / seconds / 1e9;
   };
   if (share == 0) return 0;
-  std::vector<std::thread> threads;
-  for (int t = 1; t < n_threads; ++t) threads.emplace_back(read, t);
+  std::vector<std::jthread> threads;
+  try {
+    for (int t = 1; t < n_threads; ++t) threads.emplace_back(read, t);
+  } catch (...) {
+    ready.store(n_threads);  // those that were started wait for nobody
+    throw;
+  }
   read(0);
-  for (std::thread& t : threads) t.join();
+  threads.clear();  // joins
   double rate = used.load() == 0x5EED ? 1e-9 : 0;
   for (double r : rates) rate += r;
   return rate;

@@ -7,16 +7,19 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <cerrno>
+
 namespace flashformer {
 
 namespace {
 
 constexpr int64_t kSliceNs = 100'000'000;
 
-// Sleeps while *value == seen, at most one slice.
-void futex_wait(std::atomic<uint32_t>* value, uint32_t seen) {
+// Sleeps while *value == seen; true once a whole slice has passed. A signal ends the sleep early.
+bool futex_wait(std::atomic<uint32_t>* value, uint32_t seen) {
   timespec slice{0, kSliceNs};
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(value), FUTEX_WAIT_PRIVATE, seen, &slice, nullptr, 0);
+  const auto* word = reinterpret_cast<uint32_t*>(value);
+  return syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, &slice, nullptr, 0) != 0 && errno == ETIMEDOUT;
 }
 
 void futex_wake_all(std::atomic<uint32_t>* value) {
@@ -34,15 +37,17 @@ void Counter::add_one() {
 
 void Counter::wake_all() { futex_wake_all(&value_); }
 
-bool Counter::sleep(uint32_t target, const std::atomic<bool>& give_up, int64_t slices) {
+bool Counter::sleep(uint32_t target, const std::atomic<bool>& give_up, int64_t limit) {
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   bool done = false;
-  while (slices != 0 && !give_up.load(std::memory_order_acquire)) {
-    uint32_t seen = value_.load(std::memory_order_seq_cst);
+  uint32_t last = value_.load(std::memory_order_seq_cst);
+  for (int64_t slices = 0; slices != limit && !give_up.load(std::memory_order_acquire);) {
+    const uint32_t seen = value_.load(std::memory_order_seq_cst);
     done = static_cast<int32_t>(seen - target) >= 0;
     if (done) break;
-    futex_wait(&value_, seen);
-    if (value_.load(std::memory_order_acquire) == seen && slices > 0) --slices;
+    if (seen != last) slices = 0;
+    last = seen;
+    if (futex_wait(&value_, seen)) ++slices;
   }
   sleepers_.fetch_sub(1, std::memory_order_seq_cst);
   return done;
@@ -63,21 +68,33 @@ Team::Team(int n_workers, uint32_t spins, const std::vector<int>& cpus, std::fun
       process_(getpid()),
       caller_cpu_(cpus.empty() ? -1 : cpus[0]),
       work_(std::move(work)) {
-  sigset_t all, before;  // signals belong to the caller's threads
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  for (int w = 1; w < n_workers; ++w) {
-    const int cpu = static_cast<std::size_t>(w) < cpus.size() ? cpus[static_cast<std::size_t>(w)] : -1;
-    threads_.emplace_back([this, w, cpu] { loop(w, cpu); });
+  sigset_t helpers, before;  // signals belong to the caller's threads, but a crash to the thread that crashes
+  sigfillset(&helpers);
+  for (int crash : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&helpers, crash);
+  pthread_sigmask(SIG_SETMASK, &helpers, &before);
+  try {
+    for (int w = 1; w < n_workers; ++w) {
+      const int cpu = static_cast<std::size_t>(w) < cpus.size() ? cpus[static_cast<std::size_t>(w)] : -1;
+      threads_.emplace_back([this, w, cpu] { loop(w, cpu); });
+    }
+  } catch (...) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    end_threads();
+    throw;
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 Team::~Team() {
-  if (!belongs_to_this_process()) {  // a forked child has the objects but not the threads
-    for (std::thread& t : threads_) t.detach();
-    return;
+  if (belongs_to_this_process()) {
+    end_threads();
+  } else {
+    // A forked child has these handles but not the threads, and the memory they name may be another thread's by now.
+    new std::vector<std::thread>(std::move(threads_));
   }
+}
+
+void Team::end_threads() {
   stop_.store(true, std::memory_order_seq_cst);
   jobs_.wake_all();
   for (std::thread& t : threads_) t.join();
@@ -114,8 +131,12 @@ void Team::run() {
 }
 
 void Team::give_up(const Stall& stall) {
-  if (!stalled_.exchange(true)) stall_ = stall;
-  broken_.store(true, std::memory_order_release);
+  {
+    std::lock_guard<std::mutex> first(stall_lock_);
+    if (broken_.load(std::memory_order_relaxed)) return;
+    stall_ = stall;
+    broken_.store(true, std::memory_order_release);
+  }
   arrivals_.wake_all();
 }
 

@@ -4,10 +4,11 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
-#include "simd/pause.h"
+#include "simd/thread.h"
 
 namespace flashformer {
 
@@ -22,7 +23,7 @@ class alignas(64) Counter {
   void wake_all();
 
   // Waits until the count has reached `target`, in the signed sense. While spinning, calls idle() between looks.
-  // false: `give_up` was set, or nothing happened for `kLimitSlices` sleeps of 100 ms.
+  // false: `give_up` was set, or nothing arrived during `kLimitSlices` sleeps of 100 ms.
   template <class Idle>
   bool wait(uint32_t target, uint32_t spins, const std::atomic<bool>& give_up, Idle idle) {
     for (uint32_t i = 0; i < spins; ++i) {
@@ -36,10 +37,10 @@ class alignas(64) Counter {
   bool wait_idle(uint32_t target, uint32_t spins, const std::atomic<bool>& give_up);
 
  private:
-  static constexpr int64_t kLimitSlices = 600;  // 60 s of sleeping; a stopped process does not use it up
+  static constexpr int64_t kLimitSlices = 600;  // 60 s without an arrival; a stopped process does not use it up
 
   bool reached(uint32_t target) const { return static_cast<int32_t>(load() - target) >= 0; }
-  bool sleep(uint32_t target, const std::atomic<bool>& give_up, int64_t slices);
+  bool sleep(uint32_t target, const std::atomic<bool>& give_up, int64_t limit);  // slices; negative: none
 
   std::atomic<uint32_t> value_{kStart};
   alignas(64) std::atomic<uint32_t> sleepers_{0};
@@ -82,6 +83,7 @@ class Team {
  private:
   void loop(int worker, int cpu);
   void move_caller() const;
+  void end_threads();
 
   const int n_workers_;
   const uint32_t spins_;
@@ -90,7 +92,8 @@ class Team {
   std::function<void(int)> work_;
   Counter jobs_, arrivals_;
   uint32_t base_ = Counter::kStart;
-  std::atomic<bool> stop_{false}, broken_{false}, stalled_{false};
+  std::atomic<bool> stop_{false}, broken_{false};
+  std::mutex stall_lock_;
   Stall stall_{};
   std::vector<std::thread> threads_;
 };

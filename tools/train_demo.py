@@ -4,8 +4,8 @@
 
 About 4.2 M parameters, Llama architecture, byte-level BPE of 2048 tokens. The state goes to DIR every few
 minutes; the same command resumes it. Batches depend only on (seed, step), so a resumed run sees what an
-uninterrupted one would. The last POLISH_STEPS steps also teach the model out of loops: they make greedy text
-and lower the probability of what it repeats (Welleck et al. 2020, unlikelihood training).
+uninterrupted one would. Of the last POLISH_STEPS steps every POLISH_EVERYth teaches the model out of loops: it makes
+greedy text and lowers the probability of what that repeats (Welleck et al. 2020, unlikelihood training).
 
 Needs torch, tokenizers, safetensors and a C++ compiler (torch.compile).
 """
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 BATCH, PEAK_LR, WARMUP_STEPS, COOLDOWN, WEIGHT_DECAY, SEED = 8, 3e-3, 200, 0.4, 0.1, 20261121
 SPECIALS = ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 BOS, EOS = 0, 1
-POLISH_STEPS, POLISH_LR, POLISH_WEIGHT, POLISH_TOKENS, REPEATED = 400, 5e-4, 1.0, 112, 10
+POLISH_STEPS, POLISH_EVERY, POLISH_LR, POLISH_TOKENS, REPEATED = 400, 3, 5e-4, 112, 10
 
 # Words, numbers and punctuation keep the space that follows them, so that a prompt such as "def " ends
 # on a whole token; indentation is a token of its own.
@@ -233,9 +233,9 @@ def train(args: argparse.Namespace) -> None:
         loss = compiled(model, data.batch(step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if step >= n_steps:
+        if step >= n_steps and step % POLISH_EVERY == 0:
             repeated = unlikelihood(model, data, step)
-            (POLISH_WEIGHT * repeated).backward()
+            repeated.backward()
             repeated_losses.append(float(repeated.detach()))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

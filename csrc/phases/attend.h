@@ -37,13 +37,18 @@ inline void score_blocks(const Query* query, const typename KV::T* keys, int64_t
   }
 }
 
-// Scores of one query -> exp(score - max) in place, 0 beyond n_keys up to a whole block; returns (max, sum).
+// Scores of one query -> exp(score - max) in place, 0 beyond n_keys up to a whole block; gives (max, sum). A score that
+// is not finite makes the sum NaN: max and exp alone would hide it behind a plausible average.
 template <class V>
 inline void exponentiate(float* scores, int64_t n_keys, float* max_and_sum) {
   using F = typename V::F;
   const F lowest = V::set1(-FLT_MAX);
-  F most = lowest;
-  for (int64_t k = 0; k < n_keys; k += kLanes) most = V::max(most, V::first(n_keys - k, V::load(scores + k), lowest));
+  F most = lowest, poison = V::zero();
+  for (int64_t k = 0; k < n_keys; k += kLanes) {
+    F score = V::load(scores + k);
+    most = V::max(most, V::first(n_keys - k, score, lowest));
+    poison = V::fma(V::first(n_keys - k, score, V::zero()), V::zero(), poison);
+  }
   const float max = max_lanes<V>(most);
   F total = V::zero();
   for (int64_t k = 0; k < n_keys; k += kLanes) {
@@ -52,7 +57,7 @@ inline void exponentiate(float* scores, int64_t n_keys, float* max_and_sum) {
     total = V::add(total, e);
   }
   max_and_sum[0] = max;
-  max_and_sum[1] = sum_lanes<V>(total);
+  max_and_sum[1] = sum_lanes<V>(total) + sum_lanes<V>(poison);
 }
 
 // D vectors of the weighted sum of values for P queries: keys up to the least n_keys together, then each its own.

@@ -13,7 +13,7 @@ namespace flashformer {
 // The best of one vector of 16 scores, token ids from `first`.
 template <class V>
 inline void improve(Candidate& best, const float* scores, int64_t first, int64_t vocab_size) {
-  if (first + kLanes <= vocab_size && !(max_lanes<V>(V::load(scores)) > best.score)) return;
+  if (best.token >= 0 && first + kLanes <= vocab_size && !(max_lanes<V>(V::load(scores)) > best.score)) return;
   for (int64_t i = 0; i < kLanes && first + i < vocab_size; ++i) {
     if (scores[i] > best.score || best.token < 0) best = {scores[i], static_cast<int32_t>(first + i)};
   }

@@ -15,7 +15,7 @@ inline void merge_chunks(const Forward& forward, const Phase& phase, int64_t par
   const float* sums = forward.partial_sums(partial);
   float most = sums[0];
   for (int64_t c = 1; c < n_chunks; ++c) most = sums[2 * c] > most ? sums[2 * c] : most;
-  float values[256];
+  float values[kMaxHeadDim];
   for (int64_t d = 0; d < phase.head_dim_padded; d += kLanes) V::store(values + d, V::zero());
   float total = 0;
   for (int64_t c = 0; c < n_chunks; ++c) {
@@ -27,7 +27,7 @@ inline void merge_chunks(const Forward& forward, const Phase& phase, int64_t par
     }
   }
   const F divisor = V::set1(total);
-  X rounded[256];
+  X rounded[kMaxHeadDim];
   for (int64_t d = 0; d < phase.head_dim_padded; d += kLanes) {
     store_as<V>(rounded + d, V::div(V::load(values + d), divisor));
   }

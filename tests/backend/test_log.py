@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
+
 import numpy as np
 import pytest
 from cpu_kernels import cpu_kernel, prefill, program_of
 from odd_shapes import SHAPES, random_ids
 
+from flashformer.errors import NumericalError
 from flashformer.formats import BF16, F32
 from flashformer.program import Program
 from flashformer.program.ir import KEY_CHUNK, Op
@@ -68,7 +71,8 @@ def logs_of(flat: FlatProgram | None, n_workers: int) -> list[list[Entry]]:
     model = SHAPES[8].make(1)
     options = {"flat": flat, "log_capacity": CAPACITY}
     with cpu_kernel(model, n_workers=n_workers, weights=BF16, options=options) as kernel:
-        prefill(kernel, random_ids(1, 20, SHAPES[8].vocab), chunk=64)
+        with suppress(NumericalError) if flat else nullcontext():  # without a hand-off numbers may be anything
+            prefill(kernel, random_ids(1, 20, SHAPES[8].vocab), chunk=64)
         return [kernel.log(worker) for worker in range(n_workers)]
 
 

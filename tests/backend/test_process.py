@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cpu_kernels import cpu_kernel, prefill
 from odd_shapes import SHAPES, random_ids
 from tiny import Tiny, put
@@ -141,6 +145,21 @@ def test_a_forked_child_gets_an_error_and_the_parent_goes_on() -> None:
         assert np.array_equal(prefill(kernel, ids, chunk=64), expected)
 
 
+def test_a_forked_child_may_load_again_and_drop_the_old_kernel() -> None:
+    model = SHAPE.make(1)
+    ids = random_ids(1, 9, SHAPE.vocab)
+    with cpu_kernel(model, n_workers=4) as kernel:
+        expected = prefill(kernel, ids, chunk=64)
+        child = os.fork()
+        if child == 0:
+            with cpu_kernel(model, n_workers=4) as mine:
+                kernel.close()
+                gc.collect()
+                same = np.array_equal(prefill(mine, ids, chunk=64), expected)
+            os._exit(17 if same else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+
+
 def with_value(model: Tiny, role: str, index: tuple[int, ...], value: float) -> Tiny:
     tensor = model.tensors[role]
     data = tensor.data.copy()
@@ -230,6 +249,85 @@ def test_rows_out_of_range_are_refused_by_native_code(column: str, value: float)
             kernel.forward(1)
         put(kernel, 0, [5], pos=0, slot=0, want=Want.TOKEN)
         kernel.rows.temperature[0] = 0
+        kernel.forward(1)
+
+
+@pytest.mark.parametrize("n_rows", [0, -1, -5, 65])
+def test_a_number_of_rows_out_of_range_is_refused(n_rows: int) -> None:
+    with cpu_kernel(SHAPE.make(1)) as kernel, pytest.raises(RequestError):
+        kernel.forward(n_rows)
+
+
+@pytest.mark.parametrize("role", ["layers.0.q", "layers.0.k"])
+@pytest.mark.parametrize(("weights", "kv"), [(F32, F32), (F32, BF16), (BF16, BF16)])
+def test_scores_that_overflow_are_not_averaged_away(role: str, weights: Format, kv: Format) -> None:
+    model = SHAPE.make(1)
+    tensor = model.tensors[role]
+    huge = Tensor(tensor.name, tensor.format, (np.sign(tensor.data) * np.float32(3e38)).astype("f4"))
+    model = replace(model, tensors={**model.tensors, role: huge})
+    with (
+        cpu_kernel(model, weights=weights, kv=kv) as kernel,
+        pytest.raises(NumericalError, match="attention of layer 0"),
+    ):
+        prefill(kernel, random_ids(1, 9, SHAPE.vocab), chunk=64)
+
+
+def test_a11_nan_of_any_payload_stays_nan_when_rounded() -> None:
+    model = SHAPE.make(1)
+    tensor = model.tensors["layers.0.down"]
+    damaged = tensor.data.copy()
+    damaged.view(np.uint32)[5, 6] = 0xFFFFFFFF
+    model = replace(model, tensors={**model.tensors, "layers.0.down": Tensor(tensor.name, F32, damaged)})
+    with pytest.raises(LoadError, match="NaN or Inf"), cpu_kernel(model, weights=BF16):
+        pass
+
+
+def test_the_callers_rounding_does_not_matter() -> None:
+    """A library may have told the calling thread to flush denormals to zero; helpers would not."""
+    shape = replace(SHAPE, tied=False)
+    model = shape.make(1)
+    embed = model.tensors["embed"]
+    tiny = Tensor(embed.name, embed.format, (embed.data * np.float32(1e-38)).astype("f4"))
+    model = replace(model, tensors={**model.tensors, "embed": tiny})
+    ids = random_ids(1, 9, SHAPE.vocab)
+    with cpu_kernel(model) as kernel:
+        expected = prefill(kernel, ids, chunk=64)
+        assert np.count_nonzero(expected)
+        assert torch.set_flush_denormal(True)
+        try:
+            found = prefill(kernel, ids, chunk=64)
+        finally:
+            torch.set_flush_denormal(False)
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_a_second_thread_inside_a_kernel_gets_an_error() -> None:
+    with cpu_kernel(SHAPE.make(1)) as kernel:
+        expected = prefill(kernel, list(range(60)), chunk=64)
+        messages: list[str] = []
+        stop = time.monotonic() + 60
+
+        def call() -> None:
+            while not messages and time.monotonic() < stop:
+                try:
+                    kernel.forward(60)
+                except DeviceError as error:
+                    messages.append(str(error))
+
+        threads = [threading.Thread(target=call) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert "take turns" in messages[0]
+        assert np.array_equal(prefill(kernel, list(range(60)), chunk=64), expected)
+
+
+def test_a_closed_kernel_says_so() -> None:
+    with cpu_kernel(SHAPE.make(1)) as kernel:
+        pass
+    kernel.close()
+    with pytest.raises(DeviceError, match="closed"):
         kernel.forward(1)
 
 

@@ -206,6 +206,8 @@ def test_families_with_windows() -> None:
         ({"num_key_value_heads": 0}, ("num_key_value_heads = 0",)),
         ({"head_dim": 0}, ("head_dim = 0",)),
         ({"head_dim": 7}, ("head_dim = 7",)),
+        ({"head_dim": 258}, ("head_dim = 258", "256")),
+        ({"hidden_size": 258 * 6}, ("head_dim = 258", "256")),
         ({"num_hidden_layers": 10**9}, ("num_hidden_layers = 1000000000", "1024")),
         ({"num_hidden_layers": 0}, ("num_hidden_layers = 0",)),
         ({"vocab_size": 10**10}, ("vocab_size",)),

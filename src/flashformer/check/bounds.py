@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ..model.spec import MAX_HEAD_DIM
 from ..program.ir import LANES, MAX_HEAD_ROWS, Op, PackedMatrix, Phase, Program, Space
 from ..program.memory import layer_kv_elements, scratch_bytes
 from ..program.ops import EMBED_BLOCK, OPS, attend_units, n_chunks
@@ -17,7 +18,7 @@ from .facts import Finding, phase_name, task_name
 
 RULE = "bounds"
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-MAX_VECTORS = 4
+TILE_VECTORS = (1, 2, 4)
 MAX_STREAMS = 16
 
 
@@ -50,6 +51,9 @@ def _target(program: Program) -> Iterator[str]:
     ):
         if value < least:
             yield f"{name} is {value}, expected at least {least}"
+    for index, layer in enumerate(program.spec.layers):
+        if layer.head_dim % 2 or not 2 <= layer.head_dim <= MAX_HEAD_DIM:
+            yield f"layer {index}: head_dim is {layer.head_dim}, expected an even number up to {MAX_HEAD_DIM}"
     if target.streams > MAX_STREAMS:
         yield f"streams is {target.streams}, expected at most {MAX_STREAMS}"
     if len(program.tapes) != target.n_workers:
@@ -118,8 +122,8 @@ def _matrices(program: Program) -> Iterator[str]:
         name = phase_name(program, index)
         if (matrix.n_out, matrix.k) != (shape := _shape(program, phase)):
             yield f"{name}: matrix is {matrix.n_out} x {matrix.k}, expected {shape[0]} x {shape[1]}"
-        if not 1 <= matrix.vectors <= MAX_VECTORS:
-            yield f"{name}: {matrix.vectors} vectors per tile, expected 1 to {MAX_VECTORS}"
+        if matrix.vectors not in TILE_VECTORS:
+            yield f"{name}: {matrix.vectors} vectors per tile, expected one of {TILE_VECTORS}"
         if phase.op is Op.GATE_UP and matrix.vectors % 2:
             yield f"{name}: {matrix.vectors} vectors per tile, expected an even number: gate beside up"
         if matrix.n_tiles * matrix.tile_outputs < matrix.n_out:

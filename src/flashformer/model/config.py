@@ -10,7 +10,7 @@ from ..errors import LoadError
 from .families import FAMILIES
 from .family import Family
 from .rope import read_rope
-from .spec import Activation, LayerSpec, ModelSpec
+from .spec import MAX_HEAD_DIM, Activation, LayerSpec, ModelSpec
 
 READ_KEYS = frozenset(
     {
@@ -29,7 +29,7 @@ LIMITS = {
     "num_hidden_layers": 1024,
     "num_attention_heads": 4096,
     "num_key_value_heads": 4096,
-    "head_dim": 4096,
+    "head_dim": MAX_HEAD_DIM,
     "max_position_embeddings": 2**24,
 }
 

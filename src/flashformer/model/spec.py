@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+MAX_HEAD_DIM = 256  # elements of the widest head that kernels hold
+
 
 class Activation(StrEnum):
     SILU = "silu"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..model.spec import MAX_HEAD_DIM
 from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Program, Space
 from .lower import VECTOR_PAD, padded
 from .memory import SCORE_ROWS, ctx_padded, head_dim_padded, input_stride, layer_kv_elements
@@ -147,4 +148,5 @@ CONSTANTS = {
     "kEmbedBlock": EMBED_BLOCK,
     "kPad": VECTOR_PAD,
     "kScoreRows": SCORE_ROWS,
+    "kMaxHeadDim": MAX_HEAD_DIM,
 }

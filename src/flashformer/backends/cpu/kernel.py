@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Outcome(IntEnum):
     NOT_FINITE = 2
     STALLED = 3
     FORKED = 4
+    BUSY = 5
 
 
 class CpuKernel(Kernel):
@@ -68,7 +69,8 @@ class CpuKernel(Kernel):
         flat = flat or flatten(program)
         fill_rope(work, flat, program)
         self.rows = rows = Rows(target.rows)
-        self._native = native.Kernel(
+        self._native = _start(
+            native.Kernel,
             model=flat.model.view(np.uint8),
             phases=flat.phases.view(np.uint8),
             schedule=flat.schedule.reshape(-1).view(np.uint8),
@@ -89,14 +91,14 @@ class CpuKernel(Kernel):
             cpus=list(cpus),
             delay_seed=env.delays(),
             log_capacity=log_capacity,
-            keep=(self._weights, kv, work, rows),
+            keep=(self._weights, kv, work),
         )
         buffers = {b.space: b for b in memory.buffers}
         tokens, logits = buffers[Space.TOKENS], buffers[Space.LOGITS]
         self.tokens = work.array[tokens.offset :][: tokens.n_bytes].view(np.int32)
         logit_rows = work.array[logits.offset :][: logits.n_bytes].view(np.float32).reshape(MAX_HEAD_ROWS, -1)
         self.logits = logit_rows[:, : program.spec.vocab_size]
-        self._forward = self._native.forward
+        self._forward: Callable[[int], tuple[int, int]] = self._native.forward
 
     def forward(self, n_rows: int) -> None:
         outcome, detail = self._forward(n_rows)
@@ -111,6 +113,8 @@ class CpuKernel(Kernel):
             raise self._not_finite(detail)
         if outcome is Outcome.FORKED:
             raise DeviceError("this model was loaded before a fork: load it again in this process, or use spawn")
+        if outcome is Outcome.BUSY:
+            raise DeviceError("another thread is inside this kernel: forwards of one kernel must take turns")
         worker, phase, expected, seen = self._native.stall()
         raise DeviceError(
             f"worker {worker} waited in vain before phase {phase}: {expected} arrivals expected, {seen} seen. "
@@ -151,5 +155,18 @@ class CpuKernel(Kernel):
         }
 
     def close(self) -> None:
-        for name in ("_forward", "_native", "_weights", "tokens", "logits"):
+        self._forward = _closed
+        for name in ("_native", "_weights", "tokens", "logits"):
             self.__dict__.pop(name, None)
+
+
+def _start(kernel: Any, **arguments: Any) -> Any:
+    """The native kernel. Raises DeviceError where its threads cannot be started."""
+    try:
+        return kernel(**arguments)
+    except RuntimeError as error:
+        raise DeviceError(f"the threads of the kernel cannot be started ({error}): load with fewer threads") from error
+
+
+def _closed(n_rows: int) -> NoReturn:
+    raise DeviceError("the kernel is closed: load the model again")
