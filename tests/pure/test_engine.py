@@ -270,6 +270,14 @@ def test_plan_needs_only_the_configuration_and_agrees_with_the_loaded_model(tmp_
     assert sum(p.bytes for p in plan.phases) == llm.program.packed_bytes
 
 
+def test_plan_follows_the_files_where_the_configuration_disagrees(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", torch_dtype="bfloat16")
+    options = Options(device="reference", threads=2)
+    with ff.load(folder, device="reference", threads=2) as llm:
+        assert plan_model(str(folder), options).memory == llm.plan.memory
+        assert llm.plan.dtype == "f32"
+
+
 def test_plan_counts_the_bytes_that_config_implies() -> None:
     plan = plan_model("shape:llama-3.2-1b", Options(threads=2, ctx=2048))
     matrices = 16 * (2048 * (2048 + 512 + 512 + 2048) + 3 * 2048 * 8192) + 128256 * 2048

@@ -50,6 +50,10 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, offline: 
     )
 
 
+def has_tensors(folder: Path) -> bool:
+    return any(member(folder, name) is not None for name in (SINGLE, INDEX))
+
+
 def open_tensors(folder: Path) -> dict[str, Tensor]:
     """model.safetensors, or the shards that model.safetensors.index.json names. Raises LoadError."""
     single = member(folder, SINGLE)

@@ -61,12 +61,22 @@ def load_model(model: str | Path, *, revision: str | None = None, offline: bool 
         )
     return Model(
         name=checkpoint.name,
-        spec=replace(spec, tied="lm_head" not in weights),
-        stored_format=F32 if any(t.format is F32 and t.data.ndim == 2 for t in weights.values()) else BF16,
+        spec=as_stored(spec, weights),
+        stored_format=stored_format(weights),
         weights=weights,
         tokenizer=tokenizer,
         generation_config=checkpoint.generation_config,
     )
+
+
+def as_stored(spec: ModelSpec, weights: Mapping[str, Tensor]) -> ModelSpec:
+    """Tied is what the tensors say: a head of its own wins over the config, as in transformers."""
+    return replace(spec, tied="lm_head" not in weights)
+
+
+def stored_format(weights: Mapping[str, Tensor]) -> Format:
+    """The widest of the matrices' formats."""
+    return F32 if any(t.format is F32 and t.data.ndim == 2 for t in weights.values()) else BF16
 
 
 def random_model(name: str, config: Mapping[str, Any]) -> Model:
