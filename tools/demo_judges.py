@@ -104,11 +104,14 @@ def _is_header(rows: Sequence[str], first_row: int) -> bool:
     """Whether the logical line that begins at `first_row` and ends with the text opens a block."""
     tokens = tokenize.generate_tokens(io.StringIO("\n".join(rows[first_row:]).lstrip() + "\n").readline)
     last = ""
-    for token in tokens:
-        if token.type == tokenize.NEWLINE:
-            break
-        if token.type not in _LAYOUT:
-            last = token.string
+    try:
+        for token in tokens:
+            if token.type == tokenize.NEWLINE:
+                break
+            if token.type not in _LAYOUT:
+                last = token.string
+    except tokenize.TokenError:  # a bracket closed that was never opened, or the like: no Python either way
+        return False
     return last == ":"
 
 
