@@ -1,0 +1,63 @@
+"""The package's read-bandwidth probe beside the stand-alone benchmarks/probe.c, taking turns.
+
+    python benchmarks/probe.py [-r TURNS] [--threads N]
+
+Compiles the C program with $CC, prints the ratio of the package's probe to it, and appends one JSON line to
+benchmarks/results/probe.jsonl. Expected: at least 0.97.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+from flashformer.backends.cpu.bandwidth import ReadProbe
+from flashformer.backends.cpu.topology import choose_threads, cpu_info
+from flashformer.bench import commit
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-r", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=choose_threads().n)
+    args = parser.parse_args()
+    probe = ReadProbe(args.threads)
+    ours: list[float] = []
+    theirs: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "probe"
+        subprocess.run([os.environ.get("CC", "cc"), "-O3", "-pthread", HERE / "probe.c", "-o", program], check=True)
+        for _ in range(args.r):
+            ours.append(probe.gb_s(0.8))
+            line = subprocess.run(
+                [program, str(args.threads), "0.8"], capture_output=True, text=True, check=True
+            ).stdout
+            theirs.append(float(line.split()[0]))
+    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+    record = {
+        "probe_gb_per_s": median(ours),
+        "stand_alone_gb_per_s": median(theirs),
+        "ratio": median(pairs),
+        "ratio_min": min(pairs),
+        "ratio_max": max(pairs),
+        "threads": args.threads,
+        "turns": args.r,
+        "cpu": cpu_info().model,
+        "commit": commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with (HERE / "results" / "probe.jsonl").open("a") as results:
+        results.write(json.dumps(record) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
