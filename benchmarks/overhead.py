@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py [MODEL] [-n TOKENS] [-r REPEATS]
 
-Prints the median over repeats, and the spread, of (time of all tokens after the first - time inside forward) per token.
+The median over repeats, and the spread, of (time of all tokens after the first - time inside forward) per token;
+one JSON line is appended to benchmarks/results/overhead.jsonl.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 from statistics import median
 from time import perf_counter_ns
+
+from record import append
 
 import flashformer as ff
 
@@ -48,7 +51,8 @@ def main() -> None:
         llm.kernel.forward = clock  # type: ignore[method-assign]
         outside_us(llm, clock, 16)
         found = [outside_us(llm, clock, args.n) for _ in range(args.r)]
-    print(f"{median(found):.1f} us per token outside the forward (min {min(found):.1f}, max {max(found):.1f})")
+    record = {"model": args.model, "tokens": args.n, "repeats": args.r}
+    append("overhead", record | {"outside_us": median(found), "min_us": min(found), "max_us": max(found)})
 
 
 if __name__ == "__main__":

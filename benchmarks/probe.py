@@ -9,17 +9,16 @@ benchmarks/results/probe.jsonl. Expected: at least 0.97.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
+from record import append
+
 from flashformer.backends.cpu.bandwidth import ReadProbe
-from flashformer.backends.cpu.topology import choose_threads, cpu_info
-from flashformer.bench import commit
+from flashformer.backends.cpu.topology import choose_threads
 
 HERE = Path(__file__).parent
 
@@ -37,10 +36,8 @@ def main() -> None:
         subprocess.run([os.environ.get("CC", "cc"), "-O3", "-pthread", HERE / "probe.c", "-o", program], check=True)
         for _ in range(args.r):
             ours.append(probe.gb_s(0.8))
-            line = subprocess.run(
-                [program, str(args.threads), "0.8"], capture_output=True, text=True, check=True
-            ).stdout
-            theirs.append(float(line.split()[0]))
+            done = subprocess.run([program, str(args.threads), "0.8"], stdout=subprocess.PIPE, text=True, check=True)
+            theirs.append(float(done.stdout.split()[0]))
     pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
     record = {
         "probe_gb_per_s": median(ours),
@@ -50,13 +47,8 @@ def main() -> None:
         "ratio_max": max(pairs),
         "threads": args.threads,
         "turns": args.r,
-        "cpu": cpu_info().model,
-        "commit": commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with (HERE / "results" / "probe.jsonl").open("a") as results:
-        results.write(json.dumps(record) + "\n")
-    print(json.dumps(record))
+    append("probe", record)
 
 
 if __name__ == "__main__":
