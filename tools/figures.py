@@ -44,9 +44,11 @@ def benchmark_figures(results: Path = RESULTS) -> str:
         test = f"{r['test']}, {r['rows']} rows" if r["rows"] != 1 else r["test"]
         percent = None if r["fraction"] is None else 100 * r["fraction"]
         speed = [shown(r["tokens_per_s"], 1), shown(r["gb_per_s"], 1), shown(r["probe_gb_per_s"], 1)]
-        return [r["model"], test, r["depth"], *speed, shown(percent, 0, " %"), r["commit"]]
+        in_cache = r["weight_bytes"] < 4 * r["machine"]["llc_bytes"]  # then memory bandwidth is no measure
+        share = "weights fit in cache" if in_cache else shown(percent, 0, " %")
+        return [r["model"], test, r["depth"], *speed, share, r["commit"]]
 
-    machines = sorted({f"{r['device']}, {r['threads']} threads" for r in records})
+    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['isa']}, {r['threads']} threads" for r in records})
     header = ("model", "test", "context", "tokens/s", "GB/s", "measured read GB/s", "of measured", "commit")
     return "\n".join([table(header, map(row, records)), "", f"Measured on: {'; '.join(machines)}."])
 

@@ -42,7 +42,11 @@ def test_real_code_cut_anywhere_parses(path):
         ("class ", "A:\n    x = 1\n    def f(self):\n        '''Open\n text", True),
         ("    for ", "i in x:\n        print(i)\n    if i", True),
         ("import ", "os\n  import sys\n", False),
-        ("class ", "A:\n    y = B)\n    c.d(E, 1\n    z", False),  # closes what was not open, then leaves something open
+        (
+            "class ",
+            "A:\n    y = B)\n    c.d(E, 1\n    z",
+            False,
+        ),  # closes what was not open, then leaves something open
     ],
 )
 def test_parses(prompt, completion, good):
