@@ -17,9 +17,10 @@ class Region {
   std::size_t size() const { return size_; }
 
  private:
-  char* data_;
+  char* mapping_;
+  std::size_t mapped_;  // bytes at mapping_: the region in whole pages, and room to align it
+  char* data_;          // aligned to a huge page where the region holds one
   std::size_t size_;    // as asked for
-  std::size_t mapped_;  // whole pages
 };
 
 }  // namespace flashformer
