@@ -59,6 +59,7 @@ def test_sampling_repeats_with_its_seed() -> None:
 
 def test_plan_proves_the_program() -> None:
     found = json.loads(flashformer("plan", "demo", "--check", "--json").stdout)
+    assert "the weights fit in cache" in flashformer("plan", "demo").stdout
     assert min(found["proof"].values()) > 0
     with ff.load("demo") as llm:
         assert llm.plan.memory == found["memory"]
