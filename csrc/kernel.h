@@ -42,7 +42,6 @@ class Kernel {
   // Runs the first n_rows of `rows`. The rows are checked here whatever the caller did.
   Result forward(const RowArrays& rows, int64_t n_rows);
 
-  const Forward& state() const { return forward_; }
   const Stall& stall() const { return team_.stall(); }
   // What worker w did in the forwards since the log was last cleared.
   const Log& log(int worker) const { return logs_[static_cast<std::size_t>(worker)]; }

@@ -180,7 +180,6 @@ NB_MODULE(_cpu, m) {
         return names;
       },
       "Instruction sets that this CPU can run, best last.");
-  m.def("has_bf16_dot", [] { return supported_isas().back().dot_table != nullptr; });
 
   nb::class_<Region>(m, "Region", "Zeroed memory, in huge pages where they can be had.")
       .def(nb::init<std::size_t, bool>(), "n_bytes"_a, "resident"_a = true)

@@ -5,37 +5,20 @@
 #include <cstring>
 #include <thread>
 
+#include "element.h"
+
 namespace flashformer {
 
 namespace {
-
-float to_f32(const char* p, Format format) {
-  if (format == Format::kF32) {
-    float x;
-    std::memcpy(&x, p, 4);
-    return x;
-  }
-  uint16_t half;
-  std::memcpy(&half, p, 2);
-  uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
 
 void from_f32(float x, Format format, char* p) {
   if (format == Format::kF32) {
     std::memcpy(p, &x, 4);
     return;
   }
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint16_t half = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) half = 0x7FC0;  // NaN stays NaN, whatever its payload
+  const uint16_t half = std::isnan(x) ? 0x7FC0 : to_bf16(x);  // NaN stays NaN, whatever its payload
   std::memcpy(p, &half, 2);
 }
-
-int64_t bytes_of(Format format) { return format == Format::kF32 ? 4 : 2; }
 
 // The row in `format`, converted into `buffer` unless it is so already; false if an element is not finite after it.
 bool prepare_row(const Source& source, int64_t row, int64_t k, Format format, std::vector<char>& buffer,

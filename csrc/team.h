@@ -61,7 +61,6 @@ class Team {
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
-  int size() const { return n_workers_; }
   // Starts all workers and works as worker 0. Returns when worker 0's work has returned; it is up to the work to wait
   // for the others. No thread of the team is running its work when none is inside run().
   void run();

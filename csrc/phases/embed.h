@@ -3,33 +3,17 @@
 // residual is set to zero anew, so that a forward that ended in NaN leaves nothing behind.
 #pragma once
 
+#include "../element.h"
 #include "../forward.h"
 
 namespace flashformer {
-
-inline float bf16_to_f32(uint16_t x) {
-  uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
-}
-inline float element_to_f32(const char* p, Format format) {
-  if (format == Format::kBf16) {
-    uint16_t x;
-    __builtin_memcpy(&x, p, 2);
-    return bf16_to_f32(x);
-  }
-  float x;
-  __builtin_memcpy(&x, p, 4);
-  return x;
-}
 
 template <class V>
 void embed(Worker& worker, const Phase&, const Span& span) {
   const Forward& forward = *worker.forward;
   const Model& model = forward.model;
   const Format format = static_cast<Format>(model.weight_format);
-  const int64_t size = format == Format::kBf16 ? 2 : 4, group = format == Format::kBf16 ? 2 : 1;
+  const int64_t size = bytes_of(format), group = format == Format::kBf16 ? 2 : 1;
   const bool tied = model.embed_offset < 0;
   const Phase& head = forward.phases[model.embed_phase];
   for (int64_t unit = span.begin; unit < span.end; unit += span.step) {
@@ -42,14 +26,14 @@ void embed(Worker& worker, const Phase&, const Span& span) {
       for (int64_t k = end; k < begin + kEmbedBlock; ++k) out[k] = 0;
       if (!tied) {
         const char* row = forward.weights + model.embed_offset + token * model.d_model * size;
-        for (int64_t k = begin; k < end; ++k) out[k] = element_to_f32(row + k * size, format);
+        for (int64_t k = begin; k < end; ++k) out[k] = to_f32(row + k * size, format);
         continue;
       }
       const int64_t tile = head.vectors * kLanes, vector = token % tile / kLanes, lane = token % kLanes;
       const char* packed =
           forward.weights + head.matrix + token / tile * head.tile_bytes + vector * 64 + lane * group * size;
       for (int64_t k = begin; k < end; ++k) {
-        out[k] = element_to_f32(packed + k / group * head.vectors * 64 + k % group * size, format);
+        out[k] = to_f32(packed + k / group * head.vectors * 64 + k % group * size, format);
       }
     }
   }

@@ -2,6 +2,7 @@
 // scores need no horizontal sums. Values (streams, n_kv_heads, ctx, head_dim padded to 16).
 #pragma once
 
+#include "../element.h"
 #include "../forward.h"
 
 namespace flashformer {
@@ -17,11 +18,7 @@ template <class V>
 struct KvBf16 {
   using T = uint16_t;
   static typename V::F load(const T* p) { return V::load_bf16(p); }
-  static void put(T* p, float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    *p = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-  }
+  static void put(T* p, float x) { *p = to_bf16(x); }
 };
 
 template <class T>

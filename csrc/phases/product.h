@@ -94,7 +94,7 @@ void product_tile(float* sums, const char* w, const typename W::X* x, int64_t x_
                   int64_t k_padded, const char* next) {
   constexpr int R = V::kRowsAtOnce;
   constexpr int64_t step_bytes = TILE * 64;
-  const int64_t block_steps = (n_rows <= R ? 4096 : 16384) / step_bytes;
+  const int64_t block_steps = (n_rows <= R ? kBlockBytes : 4 * kBlockBytes) / step_bytes;
   const int64_t steps = k_padded / W::kGroup;
   for (int64_t i = 0; i < n_rows * kPad; i += kLanes) V::store(sums + i, V::zero());
   for (int64_t s = 0; s < steps; s += block_steps) {

@@ -111,7 +111,7 @@ def render(made: Plan) -> str:
             f"floor      {made.floor_ms:.3g} ms per token at {made.probe_gb_per_s:.1f} GB/s measured now "
             f"({made.floor_full_ms:.3g} ms with {made.ctx} positions cached)"
         )
-        if made.weight_bytes_per_token < 4 * topology.last_level_cache_bytes():
+        if topology.caches_hold(made.weight_bytes_per_token):
             lines.append("           of memory: the weights fit in cache, which may be faster")
     lines += ["", f"{'phase':10} {'times':>5} {'units':>7} {'bytes each':>11}  per worker", *_phase_lines(made)]
     if made.proof is not None:

@@ -253,9 +253,9 @@ class LLM:
     @property
     def fits_in_cache(self) -> bool:
         """Whether the packed weights are smaller than four last-level caches, so that memory says little."""
-        from ..backends.cpu.topology import last_level_cache_bytes
+        from ..backends.cpu.topology import caches_hold
 
-        return self.program.packed_bytes < 4 * last_level_cache_bytes()
+        return caches_hold(self.program.packed_bytes)
 
     def close(self) -> None:
         """Frees threads and memory after the forward that may be running. A second call does nothing."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...errors import DeviceError
 from . import topology
 from .native import load_native
@@ -14,22 +17,24 @@ def probe_bytes() -> int:
     return max(8 * topology.last_level_cache_bytes(), 1 << 30)
 
 
+def read_gb_s(memory: NDArray[np.uint8], n_threads: int, seconds: float) -> float:
+    """The faster of plain and prefetched loads, half of the time each; 1e9 bytes per second."""
+    probe = load_native().probe
+    return max(float(probe(memory, n_threads, mode, seconds / 2)) for mode in (PLAIN, PREFETCHED))
+
+
 class ReadProbe:
     """A region in the same kind of pages as packed weights, every page written, read by `n_threads`."""
 
     def __init__(self, n_threads: int, n_bytes: int | None = None) -> None:
         """Raises DeviceError where the extension is missing or memory does not suffice."""
-        native = load_native()
         size, free = n_bytes or probe_bytes(), topology.free_memory()
         if free is not None and size > free.value:
             raise DeviceError(f"the bandwidth probe needs {size:,} bytes, {int(free.value):,} are free ({free.source})")
-        self._native = native.probe
         self._n_threads = n_threads
-        self._region = native.Region(size)
+        self._region = load_native().Region(size)
         self._region.array[:] = 1
 
     def gb_s(self, seconds: float) -> float:
-        """The faster of plain and prefetched loads, half of the time each; 1e9 bytes per second."""
-        return max(
-            float(self._native(self._region.array, self._n_threads, mode, seconds / 2)) for mode in (PLAIN, PREFETCHED)
-        )
+        """As `read_gb_s`."""
+        return read_gb_s(self._region.array, self._n_threads, seconds)

@@ -18,6 +18,7 @@ from .. import nonfinite
 from ..base import Kernel, Rows
 from ..rows import read_rows
 from . import topology
+from .bandwidth import read_gb_s
 from .native import load_native
 from .weights import fill_rope, pack_weights
 
@@ -141,10 +142,9 @@ class CpuKernel(Kernel):
     def probe_weights(self) -> float | None:
         """GB/s at which this kernel's number of threads reads its packed weights; None where caches hold them."""
         n_bytes = self.program.packed_bytes
-        if n_bytes < 4 * topology.last_level_cache_bytes():
+        if topology.caches_hold(n_bytes):
             return None
-        packed = self._weights.array[:n_bytes]
-        return max(float(load_native().probe(packed, self.program.target.n_workers, mode, 0.2)) for mode in (0, 1))
+        return read_gb_s(self._weights.array[:n_bytes], self.program.target.n_workers, 0.4)
 
     def describe(self) -> dict[str, object]:
         return {

@@ -200,6 +200,11 @@ def last_level_cache_bytes(root: Path = ROOT, cpus: Collection[int] | None = Non
     return sum(size for (level, _), size in caches.items() if level == last) or ASSUMED_LLC_BYTES
 
 
+def caches_hold(n_bytes: int) -> bool:
+    """Whether reading this much over and over says little about memory: less than four last-level caches."""
+    return n_bytes < 4 * last_level_cache_bytes()
+
+
 def _stat(folder: Path, key: str) -> int:
     found = re.search(rf"^{key} (\d+)$", _text(folder / "memory.stat") or "", re.MULTILINE)
     return int(found[1]) if found else 0
