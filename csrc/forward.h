@@ -53,10 +53,13 @@ struct Forward {
   int64_t first_bad_place;         // lowered by any worker
 
   float* residual() const { return reinterpret_cast<float*>(work + model.residual); }  // (rows, d_model_stride)
-  float* query() const { return reinterpret_cast<float*>(work + model.query); }        // (rows, query_stride)
+  float* qkv() const { return reinterpret_cast<float*>(work + model.qkv); }            // (rows, qkv_stride)
   float* hidden() const { return reinterpret_cast<float*>(work + model.hidden); }      // (rows, hidden_stride)
   float* logits() const { return reinterpret_cast<float*>(work + model.logits); }      // (kMaxHeadRows, logits_stride)
-  const float* rope() const { return reinterpret_cast<const float*>(work + model.rope); }  // (ctx, head_dim/2, 2)
+  float* branch(int64_t offset) const { return reinterpret_cast<float*>(work + offset); }  // (rows, d_model_stride)
+  const float* rope(int64_t offset) const {                                                // (ctx, 2, rotary_dim/2)
+    return reinterpret_cast<const float*>(work + offset);
+  }
   int32_t* tokens() const { return reinterpret_cast<int32_t*>(work + model.tokens); }
   Candidate* candidates(int64_t worker) const {  // (kMaxHeadRows)
     return reinterpret_cast<Candidate*>(work + model.candidates) + worker * kMaxHeadRows;
@@ -135,6 +138,12 @@ struct Worker {
   }
   // Scores of attention, (kScoreRows, kKeyChunk).
   float* scores() const { return sums() + forward->model.rows * 64; }
+  // A row of the residual with its fold, (d_model_stride).
+  float* folded() const { return scores() + kScoreRows * kKeyChunk; }
+  // Heads as attention takes them, (kScoreRows, partial_stride).
+  float* heads() const { return folded() + forward->model.d_model_stride; }
+  // Factors of norms, (rows, 2).
+  float* scales() const { return heads() + kScoreRows * forward->model.partial_stride; }
 
   void begin_unit(int64_t unit) {
     delays.maybe();

@@ -5,10 +5,13 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
 #include <stdexcept>
+#include <tuple>
+#include <variant>
 
 #include "kernel.h"
 #include "pack.h"
@@ -43,7 +46,7 @@ struct Isa {
 std::vector<Isa> supported_isas() {
   std::vector<Isa> isas{{"portable", portable_table, nullptr, portable_sum}};
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     isas.push_back({"avx2", avx2_table, nullptr, avx2_sum});
   }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -132,27 +135,37 @@ nb::list read_log(BoundKernel& self, int worker) {
   return entries;
 }
 
-Source source_from(const nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>& array, int64_t format) {
-  const int64_t size = static_cast<int64_t>(array.itemsize());
+using Matrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
+using InFile = std::tuple<int, int64_t, int64_t, int64_t>;  // (fd, offset, rows, bytes from one row to the next)
+using MatrixOrFile = std::variant<Matrix, InFile>;
+
+Source source_from(const MatrixOrFile& from, int64_t format) {
+  if (const InFile* file = std::get_if<InFile>(&from)) {
+    const auto& [fd, offset, rows, row_bytes] = *file;
+    return {nullptr, fd, offset, rows, row_bytes, static_cast<Format>(format)};
+  }
+  const Matrix& array = std::get<Matrix>(from);
   if (array.stride(1) != 1) throw std::invalid_argument("rows of a source must be contiguous");
-  return {static_cast<const char*>(array.data()), static_cast<int64_t>(array.shape(0)), array.stride(0) * size,
+  return {static_cast<const char*>(array.data()),
+          -1,
+          0,
+          static_cast<int64_t>(array.shape(0)),
+          array.stride(0) * static_cast<int64_t>(array.itemsize()),
           static_cast<Format>(format)};
 }
 
-using Matrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
-
 int64_t pack(Region& region, int64_t offset, int64_t format, int64_t vectors, int64_t n_tiles, int64_t k,
-             int64_t k_padded, const Column<const int32_t>& row_map, const std::vector<Matrix>& sources,
+             int64_t k_padded, const Column<const int32_t>& row_map, const std::vector<MatrixOrFile>& sources,
              int64_t source_format, int n_threads) {
   PackJob job{region.data() + offset, static_cast<Format>(format), vectors, n_tiles, k, k_padded, row_map.data(), {}};
-  for (const Matrix& source : sources) job.sources.push_back(source_from(source, source_format));
+  for (const MatrixOrFile& source : sources) job.sources.push_back(source_from(source, source_format));
   nb::gil_scoped_release released;
   return pack_tiles(job, n_threads);
 }
 
-int64_t copy(Region& region, int64_t offset, int64_t format, const Matrix& rows, int64_t source_format, int n_threads) {
+int64_t copy(Region& region, int64_t offset, int64_t format, int64_t k, const MatrixOrFile& rows, int64_t source_format,
+             int n_threads) {
   const Source source = source_from(rows, source_format);
-  const int64_t k = static_cast<int64_t>(rows.shape(1));
   nb::gil_scoped_release released;
   return copy_rows(region.data() + offset, static_cast<Format>(format), source, k, n_threads);
 }
@@ -204,8 +217,9 @@ NB_MODULE(_cpu, m) {
 
   m.def("pack", &pack, "region"_a, "offset"_a, "format"_a, "vectors"_a, "n_tiles"_a, "k"_a, "k_padded"_a, "row_map"_a,
         "sources"_a, "source_format"_a, "n_threads"_a,
-        "Packs tiles; returns the stacked row of an element that is not finite, or -1.");
-  m.def("copy", &copy, "region"_a, "offset"_a, "format"_a, "rows"_a, "source_format"_a, "n_threads"_a,
+        "Packs tiles; returns the stacked row of an element that is not finite, -1, or -2 if a file could not be read. "
+        "A source is a matrix, or (fd, offset, rows, row bytes) of one in a file.");
+  m.def("copy", &copy, "region"_a, "offset"_a, "format"_a, "k"_a, "rows"_a, "source_format"_a, "n_threads"_a,
         "Copies rows, converted; returns as pack does.");
   m.def("probe", &probe, "buffer"_a, "n_threads"_a, "mode"_a, "min_seconds"_a,
         "Read bandwidth in GB/s; mode 0: plain loads, 1: prefetched.");

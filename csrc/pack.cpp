@@ -1,6 +1,9 @@
 #include "pack.h"
 
+#include <unistd.h>
+
 #include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <thread>
@@ -16,21 +19,46 @@ void from_f32(float x, Format format, char* p) {
     std::memcpy(p, &x, 4);
     return;
   }
-  const uint16_t half = std::isnan(x) ? 0x7FC0 : to_bf16(x);  // NaN stays NaN, whatever its payload
+  // NaN stays NaN, whatever its payload
+  const uint16_t half = format == Format::kF16 ? to_f16(x) : std::isnan(x) ? 0x7FC0 : to_bf16(x);
   std::memcpy(p, &half, 2);
 }
 
-// The row in `format`, converted into `buffer` unless it is so already; false if an element is not finite after it.
-bool prepare_row(const Source& source, int64_t row, int64_t k, Format format, std::vector<char>& buffer,
-                 const char** out) {
-  const char* in = source.data + row * source.row_bytes;
+// What a thread reads a row into and converts it into.
+struct Buffers {
+  std::vector<char> read, converted;
+};
+
+bool read_fully(int fd, char* out, int64_t n, int64_t offset) {
+  while (n > 0) {
+    const ssize_t got = pread(fd, out, static_cast<std::size_t>(n), offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return false;
+    out += got, offset += got, n -= got;
+  }
+  return true;
+}
+
+enum class Row { kGood, kNotFinite, kUnread };
+
+// The row in `format`; it lies in the source or in one of the buffers.
+Row prepare_row(const Source& source, int64_t row, int64_t k, Format format, Buffers& buffers, const char** out) {
   const int64_t in_size = bytes_of(source.format), out_size = bytes_of(format);
+  const char* in = source.data + row * source.row_bytes;
+  if (!source.data) {
+    in = buffers.read.data();
+    if (!read_fully(source.fd, buffers.read.data(), k * in_size, source.offset + row * source.row_bytes)) {
+      return Row::kUnread;
+    }
+  }
+  std::vector<char>& buffer = buffers.converted;
   *out = in;
   if (source.format != format) {
     for (int64_t i = 0; i < k; ++i)
       from_f32(to_f32(in + i * in_size, source.format), format, buffer.data() + i * out_size);
     *out = buffer.data();
   }
+  const uint32_t exponent = format == Format::kF16 ? 0x7C00u : 0x7F80u;
   uint32_t bad = 0;  // exponent bits all set: NaN or Inf
   for (int64_t i = 0; i < k; ++i) {
     if (format == Format::kF32) {
@@ -40,22 +68,33 @@ bool prepare_row(const Source& source, int64_t row, int64_t k, Format format, st
     } else {
       uint16_t bits;
       std::memcpy(&bits, *out + i * 2, 2);
-      bad |= (bits & 0x7F80u) == 0x7F80u;
+      bad |= (bits & exponent) == exponent;
     }
   }
-  return bad == 0;
+  return bad == 0 ? Row::kGood : Row::kNotFinite;
 }
 
-// Runs body(begin, end, buffer) over threads, in contiguous shares of [0, n), each with a buffer of its own.
+// Runs body(begin, end, buffers) over threads, in contiguous shares of [0, n), each with buffers for rows of k
+// elements.
 template <class Body>
-void share(int64_t n, int n_threads, int64_t buffer_bytes, Body body) {
-  std::vector<std::vector<char>> buffers(static_cast<std::size_t>(n_threads));
-  for (std::vector<char>& buffer : buffers) buffer.resize(static_cast<std::size_t>(buffer_bytes));
+void share(int64_t n, int n_threads, int64_t k, Body body) {
+  std::vector<Buffers> all(static_cast<std::size_t>(n_threads));
+  for (Buffers& buffers : all) {
+    buffers.read.resize(static_cast<std::size_t>(4 * k));
+    buffers.converted.resize(static_cast<std::size_t>(4 * k));
+  }
   std::vector<std::jthread> threads;  // joined also where one cannot be started
   for (int t = 0; t < n_threads; ++t) {
-    std::vector<char>& buffer = buffers[static_cast<std::size_t>(t)];
-    threads.emplace_back([=, &buffer] { body(n * t / n_threads, n * (t + 1) / n_threads, buffer); });
+    Buffers& buffers = all[static_cast<std::size_t>(t)];
+    threads.emplace_back([=, &buffers] { body(n * t / n_threads, n * (t + 1) / n_threads, buffers); });
   }
+}
+
+// Keeps what the caller hears of; a failure to read counts most.
+void report(std::atomic<int64_t>& result, Row found, int64_t row) {
+  if (found == Row::kUnread) result.store(kReadFailed);
+  int64_t none = kAllGood;
+  if (found == Row::kNotFinite) result.compare_exchange_strong(none, row);
 }
 
 const Source& source_of(const PackJob& job, int64_t* row) {
@@ -67,11 +106,11 @@ const Source& source_of(const PackJob& job, int64_t* row) {
 }  // namespace
 
 int64_t pack_tiles(const PackJob& job, int n_threads) {
-  const int64_t size = bytes_of(job.format), group = job.format == Format::kF32 ? 1 : 2;
+  const int64_t size = bytes_of(job.format), group = k_group_of(job.format);
   const int64_t outputs = job.vectors * kLanes, tile_bytes = outputs * job.k_padded * size,
                 step_bytes = job.vectors * 64;
-  std::atomic<int64_t> bad_row{-1};
-  share(job.n_tiles, n_threads, job.k * size, [&](int64_t begin, int64_t end, std::vector<char>& buffer) {
+  std::atomic<int64_t> result{kAllGood};
+  share(job.n_tiles, n_threads, job.k, [&](int64_t begin, int64_t end, Buffers& buffers) {
     for (int64_t tile = begin; tile < end; ++tile) {
       char* out = job.out + tile * tile_bytes;
       std::memset(out, 0, static_cast<std::size_t>(tile_bytes));
@@ -81,7 +120,9 @@ int64_t pack_tiles(const PackJob& job, int n_threads) {
         int64_t row = stacked;
         const Source& source = source_of(job, &row);
         const char* in;
-        if (!prepare_row(source, row, job.k, job.format, buffer, &in)) bad_row.store(stacked);
+        const Row found = prepare_row(source, row, job.k, job.format, buffers, &in);
+        report(result, found, stacked);
+        if (found == Row::kUnread) return;
         char* lane = out + o / kLanes * 64 + o % kLanes * group * size;
         for (int64_t k = 0; k + group <= job.k; k += group)
           std::memcpy(lane + k / group * step_bytes, in + k * size, 4);
@@ -89,20 +130,22 @@ int64_t pack_tiles(const PackJob& job, int n_threads) {
       }
     }
   });
-  return bad_row.load();
+  return result.load();
 }
 
 int64_t copy_rows(char* out, Format format, const Source& source, int64_t k, int n_threads) {
   const int64_t size = bytes_of(format);
-  std::atomic<int64_t> bad_row{-1};
-  share(source.n_rows, n_threads, k * size, [&](int64_t begin, int64_t end, std::vector<char>& buffer) {
+  std::atomic<int64_t> result{kAllGood};
+  share(source.n_rows, n_threads, k, [&](int64_t begin, int64_t end, Buffers& buffers) {
     for (int64_t row = begin; row < end; ++row) {
       const char* in;
-      if (!prepare_row(source, row, k, format, buffer, &in)) bad_row.store(row);
+      const Row found = prepare_row(source, row, k, format, buffers, &in);
+      report(result, found, row);
+      if (found == Row::kUnread) return;
       std::memcpy(out + row * k * size, in, static_cast<std::size_t>(k * size));
     }
   });
-  return bad_row.load();
+  return result.load();
 }
 
 }  // namespace flashformer

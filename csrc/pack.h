@@ -8,12 +8,19 @@
 
 namespace flashformer {
 
-struct Source {  // a matrix in a checkpoint; rows are contiguous
+// A matrix in a checkpoint; the elements of a row are contiguous. In memory at `data`, or if that is null in the open
+// file `fd` from byte `offset` on: a file is read, not mapped, since a mapping dies with SIGBUS when it is truncated.
+struct Source {
   const char* data;
+  int fd;
+  int64_t offset;
   int64_t n_rows;
   int64_t row_bytes;  // from one row to the next
   Format format;
 };
+
+constexpr int64_t kAllGood = -1;
+constexpr int64_t kReadFailed = -2;
 
 struct PackJob {
   char* out;      // first tile
@@ -23,7 +30,7 @@ struct PackJob {
   std::vector<Source> sources;
 };
 
-// Packs with n_threads. Returns the stacked row of an element that is NaN or Inf, or -1.
+// Packs with n_threads. Returns the stacked row of an element that is NaN or Inf, kReadFailed, or kAllGood.
 int64_t pack_tiles(const PackJob& job, int n_threads);
 
 // Copies rows in row-major order, converted to `format`. Returns as above.

@@ -19,13 +19,13 @@ State = tuple[int, ...]  # phases finished by each worker
 
 def spec(
     *, n_layers: int = 1, d_model: int = 48, n_heads: int = 4, n_kv_heads: int = 2, head_dim: int = 14, d_ff: int = 72,
-    vocab_size: int = 101, bias: bool = False, tied: bool = False,
+    vocab_size: int = 101, bias: bool = False, tied: bool = False, **switches: Any,
 ) -> ModelSpec:  # fmt: skip
     layer = LayerSpec(
-        n_heads, n_kv_heads, head_dim, d_ff, bias, bias, bias, 1e-5, Activation.SILU, head_dim**-0.5
+        n_heads, n_kv_heads, head_dim, d_ff, bias, bias, bias, 1e-5, Activation.SILU, head_dim**-0.5,
+        RopeSpec(RopeKind.DEFAULT, 10000.0, head_dim), **switches,
     )  # fmt: skip
-    rope = RopeSpec(RopeKind.DEFAULT, 10000.0)
-    return ModelSpec(d_model, vocab_size, 4096, (layer,) * n_layers, 1e-5, rope, tied, 1, (2,))
+    return ModelSpec(d_model, vocab_size, 4096, (layer,) * n_layers, 1e-5, tied, 1, (2,))
 
 
 def program(model: ModelSpec, n_workers: int, *, fmt: Format = BF16, ctx: int = 512, streams: int = 1) -> Program:
@@ -82,7 +82,7 @@ class _Holder:
 
 def conflicts(sound: Program) -> frozenset[tuple[Task, Task]]:
     """Pairs (earlier or same phase, later phase) of tasks of different workers that touch the same coordinate."""
-    key = tuple((phase.op, phase.layer, phase.matrix, phase.spans) for phase in sound.phases)
+    key = tuple((phase.op, phase.layer, phase.matrix, phase.spans, phase.fold, phase.to) for phase in sound.phases)
     return _conflicts((*key, (sound.spec, sound.target)), _Holder(sound))
 
 

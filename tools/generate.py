@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from flashformer.formats import FORMATS
 from flashformer.program.ops import OPS
-from flashformer.program.records import CONSTANTS, RECORDS
+from flashformer.program.records import ACTIVATIONS, CONSTANTS, QK_NORMS, RECORDS
 
 HEADER = Path(__file__).parents[1] / "csrc" / "generated" / "program.h"
 C_TYPES = {"<i8": "int64_t", "<f8": "double"}
@@ -18,6 +18,11 @@ C_TYPES = {"<i8": "int64_t", "<f8": "double"}
 
 def camel(name: str) -> str:
     return "k" + re.sub(r"(?:^|_)(\w)", lambda m: m[1].upper(), name)
+
+
+def enum(name: str, codes: dict[str, int]) -> list[str]:
+    values = [f"  {camel(value)} = {code}," for value, code in codes.items()]
+    return [f"enum class {name} : int64_t {{", *values, "};", ""]
 
 
 def generate() -> str:
@@ -33,10 +38,9 @@ def generate() -> str:
         *(f"  {camel(info.op)} = {info.code},  // {info.does}" for info in OPS.values()),
         "};",
         "",
-        "enum class Format : int64_t {",
-        *(f"  {camel(fmt.name)} = {fmt.code}," for fmt in FORMATS.values()),
-        "};",
-        "",
+        *enum("Format", {fmt.name: fmt.code for fmt in FORMATS.values()}),
+        *enum("Activation", {activation.value: code for activation, code in ACTIVATIONS.items()}),
+        *enum("QkNorm", {"none": 0, **{norm.value: code for norm, code in QK_NORMS.items()}}),
         *(f"constexpr int64_t {name} = {value};" for name, value in CONSTANTS.items()),
     ]
     for name, dtype in RECORDS.items():

@@ -7,8 +7,8 @@ namespace flashformer {
 
 enum class Op : int64_t {
   kEmbed = 0,  // embedding row -> residual
-  kQkv = 1,  // norm, q k v products, bias, rope, KV append
-  kAttend = 2,  // scores, exp, weighted values of one key chunk
+  kQkv = 1,  // norm, q k v products, bias
+  kAttend = 2,  // q and k norm, rope, KV append; scores, exp, weighted values of one key chunk
   kOProj = 3,  // merge chunks, product, residual +=
   kGateUp = 4,  // norm, gate and up products, activation
   kDown = 5,  // product, residual +=
@@ -19,6 +19,18 @@ enum class Op : int64_t {
 enum class Format : int64_t {
   kF32 = 0,
   kBf16 = 1,
+  kF16 = 2,
+};
+
+enum class Activation : int64_t {
+  kSilu = 0,
+  kGeluPytorchTanh = 1,
+};
+
+enum class QkNorm : int64_t {
+  kNone = 0,
+  kHead = 1,
+  kWidth = 2,
 };
 
 constexpr int64_t kLanes = 16;
@@ -40,7 +52,7 @@ struct Model {
   int64_t chunks;
   int64_t d_model;
   int64_t d_model_stride;
-  int64_t query_stride;
+  int64_t qkv_stride;
   int64_t hidden_stride;
   int64_t vocab_size;
   int64_t logits_stride;
@@ -53,19 +65,18 @@ struct Model {
   int64_t embed_offset;
   int64_t embed_phase;
   int64_t residual;
-  int64_t query;
+  int64_t qkv;
   int64_t partial;
   int64_t hidden;
   int64_t logits;
   int64_t candidates;
   int64_t tokens;
-  int64_t rope;
   int64_t scratch;
   int64_t scratch_bytes;
   int64_t input_stride;
   int64_t work_bytes;
 };
-static_assert(sizeof(Model) == 272);
+static_assert(sizeof(Model) == 264);
 
 struct Phase {
   int64_t op;
@@ -79,17 +90,30 @@ struct Phase {
   int64_t n_out;
   int64_t norm;
   int64_t bias;
+  int64_t fold;
+  int64_t fold_norm;
+  int64_t to;
+  int64_t activation;
   int64_t n_heads;
   int64_t n_kv_heads;
   int64_t head_dim;
   int64_t head_dim_padded;
-  int64_t d_ff;
+  int64_t window;
   int64_t keys;
   int64_t values;
+  int64_t rope;
+  int64_t rotary_dim;
+  int64_t qk_norm;
+  int64_t q_norm;
+  int64_t k_norm;
   double norm_eps;
+  double scale;
+  double fold_eps;
+  double fold_scale;
   double attention_scale;
+  double softcap;
 };
-static_assert(sizeof(Phase) == 160);
+static_assert(sizeof(Phase) == 264);
 
 struct Span {
   int64_t begin;

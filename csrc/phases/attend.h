@@ -1,11 +1,14 @@
 // attend: unit = (chunk of kKeyChunk absolute key positions, group of rows of one slot, kv head), for all rows of the
-// group and all query heads that share the kv head. Gives, per (row, head, chunk): values weighted by exp(score - max),
-// the maximum and the sum; o_proj merges chunks in position order. Scores are taken over 16 keys at a time (a lane
-// owns a key), values key after key (a lane owns an element), so no sum depends on which rows or workers are about.
+// group and all query heads that share the kv head. The unit owns its piece of the KV cache: it first norms, rotates
+// and appends the keys and values of the rows whose positions lie in its chunk. Gives, per (row, head, chunk): values
+// weighted by exp(score - max), the maximum and the sum; o_proj merges chunks in position order. Scores are taken over
+// 16 keys at a time (a lane owns a key), values key after key (a lane owns an element), so no sum depends on which rows
+// or workers are about.
 #pragma once
 
 #include <cfloat>
 
+#include "heads.h"
 #include "kv.h"
 #include "math.h"
 
@@ -13,9 +16,9 @@ namespace flashformer {
 
 // One query head of one row against the keys of a chunk.
 struct Query {
-  const float* q;   // (head_dim) packed order
-  int64_t n_keys;   // keys of the chunk that this row may see
-  int64_t partial;  // index of its result
+  const float* q;      // (head_dim)
+  int64_t begin, end;  // keys of the chunk that this row sees
+  int64_t partial;     // index of its result
 };
 
 // scores[p][16 b ...] of P queries and B blocks of 16 keys from `keys`.
@@ -37,22 +40,34 @@ inline void score_blocks(const Query* query, const typename KV::T* keys, int64_t
   }
 }
 
-// Scores of one query -> exp(score - max) in place, 0 beyond n_keys up to a whole block; gives (max, sum). A score that
-// is not finite makes the sum NaN: max and exp alone would hide it behind a plausible average.
+// `x` at keys k .. k+15 that a query sees, `other` at the rest.
 template <class V>
-inline void exponentiate(float* scores, int64_t n_keys, float* max_and_sum) {
+inline typename V::F seen(const Query& query, int64_t k, typename V::F x, typename V::F other) {
+  x = V::first(query.end - k, x, other);
+  return query.begin > k ? V::first(query.begin - k, other, x) : x;
+}
+
+// Scores of one query -> exp(score - max) in place, 0 at keys of the blocks that it does not see; gives (max, sum). A
+// score that is not finite makes the sum NaN: max, exp and the soft cap alone would hide it behind a plausible average.
+template <class V>
+inline void exponentiate(const Query& query, typename V::F softcap, bool capped, float* scores, float* max_and_sum) {
   using F = typename V::F;
   const F lowest = V::set1(-FLT_MAX);
+  const int64_t first = query.begin / kLanes * kLanes;
   F most = lowest, poison = V::zero();
-  for (int64_t k = 0; k < n_keys; k += kLanes) {
+  for (int64_t k = first; k < query.end; k += kLanes) {
     F score = V::load(scores + k);
-    most = V::max(most, V::first(n_keys - k, score, lowest));
-    poison = V::fma(V::first(n_keys - k, score, V::zero()), V::zero(), poison);
+    poison = V::fma(seen<V>(query, k, score, V::zero()), V::zero(), poison);
+    if (capped) {
+      score = soft_capped<V>(score, softcap);
+      V::store(scores + k, score);
+    }
+    most = V::max(most, seen<V>(query, k, score, lowest));
   }
   const float max = max_lanes<V>(most);
   F total = V::zero();
-  for (int64_t k = 0; k < n_keys; k += kLanes) {
-    F e = V::first(n_keys - k, exp<V>(V::sub(V::load(scores + k), V::set1(max))), V::zero());
+  for (int64_t k = first; k < query.end; k += kLanes) {
+    F e = seen<V>(query, k, exp<V>(V::sub(V::load(scores + k), V::set1(max))), V::zero());
     V::store(scores + k, e);
     total = V::add(total, e);
   }
@@ -60,17 +75,28 @@ inline void exponentiate(float* scores, int64_t n_keys, float* max_and_sum) {
   max_and_sum[1] = sum_lanes<V>(total) + sum_lanes<V>(poison);
 }
 
-// D vectors of the weighted sum of values for P queries: keys up to the least n_keys together, then each its own.
+// D vectors of the weighted sum of values for P queries: the keys that all of them see together, those before and after
+// for each by itself, in the order of the keys.
 template <class V, class KV, int P, int D>
 inline void weigh_values(const Forward& forward, const Query* query, const typename KV::T* values, int64_t stride,
                          int64_t at, const float* scores) {
   typename V::F sum[P][D];
-  int64_t together = query[0].n_keys;
+  int64_t begin = query[0].begin, end = query[0].end;
   for (int p = 0; p < P; ++p) {
-    together = query[p].n_keys < together ? query[p].n_keys : together;
+    begin = query[p].begin > begin ? query[p].begin : begin;
+    end = query[p].end < end ? query[p].end : end;
     for (int d = 0; d < D; ++d) sum[p][d] = V::zero();
   }
-  for (int64_t k = 0; k < together; ++k) {
+  if (end < begin) end = begin;
+  auto alone = [&](int p, int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      typename V::F weight = V::set1(scores[p * kKeyChunk + k]);
+      for (int d = 0; d < D; ++d)
+        sum[p][d] = V::fma(weight, KV::load(values + k * stride + at + d * kLanes), sum[p][d]);
+    }
+  };
+  for (int p = 0; p < P; ++p) alone(p, query[p].begin, begin < query[p].end ? begin : query[p].end);
+  for (int64_t k = begin; k < end; ++k) {
     typename V::F value[D];
     for (int d = 0; d < D; ++d) value[d] = KV::load(values + k * stride + at + d * kLanes);
     for (int p = 0; p < P; ++p) {
@@ -79,11 +105,7 @@ inline void weigh_values(const Forward& forward, const Query* query, const typen
     }
   }
   for (int p = 0; p < P; ++p) {
-    for (int64_t k = together; k < query[p].n_keys; ++k) {
-      typename V::F weight = V::set1(scores[p * kKeyChunk + k]);
-      for (int d = 0; d < D; ++d)
-        sum[p][d] = V::fma(weight, KV::load(values + k * stride + at + d * kLanes), sum[p][d]);
-    }
+    alone(p, end, query[p].end);
     for (int d = 0; d < D; ++d) V::store(forward.partial_values(query[p].partial) + at + d * kLanes, sum[p][d]);
   }
 }
@@ -95,10 +117,14 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
   const Forward& forward = *worker.forward;
   float* scores = worker.scores();
   const typename V::F scale = V::set1(static_cast<float>(phase.attention_scale));
-  int64_t most = 0;
-  for (int p = 0; p < P; ++p) most = query[p].n_keys > most ? query[p].n_keys : most;
+  const typename V::F softcap = V::set1(static_cast<float>(phase.softcap));
+  int64_t least = query[0].begin, most = 0;
+  for (int p = 0; p < P; ++p) {
+    least = query[p].begin < least ? query[p].begin : least;
+    most = query[p].end > most ? query[p].end : most;
+  }
   const int64_t blocks = (most + kLanes - 1) / kLanes;
-  int64_t b = 0;
+  int64_t b = least / kLanes;
   for (; b + B <= blocks; b += B) {
     score_blocks<V, KV, P, B>(query, keys + b * phase.head_dim * kLanes, phase.head_dim, scale, scores + b * kLanes);
   }
@@ -106,7 +132,8 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
     score_blocks<V, KV, P, 1>(query, keys + b * phase.head_dim * kLanes, phase.head_dim, scale, scores + b * kLanes);
   }
   for (int p = 0; p < P; ++p) {
-    exponentiate<V>(scores + p * kKeyChunk, query[p].n_keys, forward.partial_sums(query[p].partial));
+    exponentiate<V>(query[p], softcap, phase.softcap > 0, scores + p * kKeyChunk,
+                    forward.partial_sums(query[p].partial));
   }
   constexpr int D = V::kValuesAtOnce;
   const int64_t stride = phase.head_dim_padded;
@@ -118,54 +145,76 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
 }
 
 template <class V, class KV>
+inline void attend_batch(Worker& worker, const Phase& phase, int n, const Query* query, const typename KV::T* keys,
+                         const typename KV::T* values) {
+  switch (n) {
+    case 1:
+      return attend_queries<V, KV, 1>(worker, phase, query, keys, values);
+    case 2:
+      return attend_queries<V, KV, 2>(worker, phase, query, keys, values);
+    case 3:
+      return attend_queries<V, KV, 3>(worker, phase, query, keys, values);
+    case 4:
+      return attend_queries<V, KV, 4>(worker, phase, query, keys, values);
+  }
+}
+
+// One unit. `keys` and `values`: the chunk's piece of the cache.
+template <class V, class KV>
+inline void attend_unit(Worker& worker, const Phase& phase, const Group& group, int64_t first_key, int64_t kv_head) {
+  const Forward& forward = *worker.forward;
+  typename KV::T* keys = keys_of<typename KV::T>(forward, phase, group.slot, kv_head) + first_key * phase.head_dim;
+  typename KV::T* values =
+      values_of<typename KV::T>(forward, phase, group.slot, kv_head) + first_key * phase.head_dim_padded;
+  const int64_t per_kv = phase.n_heads / phase.n_kv_heads;
+  for (int64_t r = group.row_begin; r < group.row_end; ++r) {
+    const int64_t k = group.first_pos + (r - group.row_begin) - first_key;
+    if (k >= 0 && k < kKeyChunk) append<V, KV>(worker, phase, r, kv_head, keys, values, k);
+  }
+  Query batch[kScoreRows];
+  int n = 0;
+  for (int64_t r = group.row_begin; r < group.row_end; ++r) {
+    const int64_t pos = group.first_pos + (r - group.row_begin);
+    const int64_t begin = first_visible(phase, pos) - first_key, end = pos + 1 - first_key;
+    if (end <= 0 || begin >= kKeyChunk) continue;
+    for (int64_t h = kv_head * per_kv; h < (kv_head + 1) * per_kv; ++h) {
+      float* q = worker.heads() + n * forward.model.partial_stride;
+      take_head<V>(worker, phase, r, h, q);
+      batch[n++] = {q, begin > 0 ? begin : 0, end < kKeyChunk ? end : kKeyChunk,
+                    forward.partial_index(r, h) + first_key / kKeyChunk};
+      if (n == kScoreRows) {
+        attend_batch<V, KV>(worker, phase, n, batch, keys, values);
+        n = 0;
+      }
+    }
+  }
+  attend_batch<V, KV>(worker, phase, n, batch, keys, values);
+}
+
+template <class V, class KV>
 void attend(Worker& worker, const Phase& phase, const Span& span) {
-  using T = typename KV::T;
   const Forward& forward = *worker.forward;
   const int64_t heads = phase.n_kv_heads, streams = forward.model.streams;
-  int64_t chunks = 0;  // that any group of this forward reaches
+  int64_t first_chunk = INT64_MAX, chunks = 0;  // that any group of this forward sees
   for (int g = 0; g < forward.n_groups; ++g) {
     const Group& group = forward.groups[g];
     const int64_t last = group.first_pos + (group.row_end - group.row_begin - 1);
+    const int64_t first = first_visible(phase, group.first_pos) / kKeyChunk;
+    if (first < first_chunk) first_chunk = first;
     if (last / kKeyChunk + 1 > chunks) chunks = last / kKeyChunk + 1;
   }
   const int64_t end = span.end < chunks * streams * heads ? span.end : chunks * streams * heads;
-  for (int64_t unit = span.begin; unit < end; unit += span.step) {
+  int64_t unit = span.begin;
+  if (const int64_t skipped = first_chunk * streams * heads - unit; skipped > 0) {
+    unit += (skipped + span.step - 1) / span.step * span.step;
+  }
+  if (unit < end) qk_factors<V>(worker, phase);
+  for (; unit < end; unit += span.step) {
     worker.begin_unit(unit);
-    const int64_t chunk = unit / (streams * heads), index = unit / heads % streams, kv_head = unit % heads;
+    const int64_t index = unit / heads % streams;
     if (index >= forward.n_groups) continue;
-    const Group& group = forward.groups[index];
-    const int64_t first_key = chunk * kKeyChunk, per_kv = phase.n_heads / heads;
-    const T* keys = keys_of<T>(forward, phase, group.slot, kv_head) + first_key * phase.head_dim;
-    const T* values = values_of<T>(forward, phase, group.slot, kv_head) + first_key * phase.head_dim_padded;
-    Query batch[kScoreRows];
-    int n = 0;
-    auto flush = [&] {
-      switch (n) {
-        case 1:
-          attend_queries<V, KV, 1>(worker, phase, batch, keys, values);
-          break;
-        case 2:
-          attend_queries<V, KV, 2>(worker, phase, batch, keys, values);
-          break;
-        case 3:
-          attend_queries<V, KV, 3>(worker, phase, batch, keys, values);
-          break;
-        case 4:
-          attend_queries<V, KV, 4>(worker, phase, batch, keys, values);
-          break;
-      }
-      n = 0;
-    };
-    for (int64_t r = group.row_begin; r < group.row_end; ++r) {
-      const int64_t seen = group.first_pos + (r - group.row_begin) + 1 - first_key;
-      if (seen <= 0) continue;
-      for (int64_t h = kv_head * per_kv; h < (kv_head + 1) * per_kv; ++h) {
-        batch[n++] = {forward.query() + r * forward.model.query_stride + h * phase.head_dim,
-                      seen < kKeyChunk ? seen : kKeyChunk, forward.partial_index(r, h) + chunk};
-        if (n == kScoreRows) flush();
-      }
-    }
-    flush();
+    const int64_t first_key = unit / (streams * heads) * kKeyChunk;
+    attend_unit<V, KV>(worker, phase, forward.groups[index], first_key, unit % heads);
   }
 }
 

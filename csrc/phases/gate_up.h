@@ -1,4 +1,4 @@
-// gate_up: norm, gate and up products, hidden = silu(gate) * up (Shazeer 2020). Vectors of gate and up outputs
+// gate_up: norm, gate and up products, hidden = activation(gate) * up (Shazeer 2020). Vectors of gate and up outputs
 // alternate.
 #pragma once
 
@@ -21,7 +21,8 @@ void gate_up(Worker& worker, const Phase& phase, const Span& span) {
           gate = V::add(gate, V::load(bias + first + i));
           up = V::add(up, V::load(bias + first + i + kLanes));
         }
-        V::store(out + i / 2, V::mul(silu<V>(gate), up));
+        gate = phase.activation == static_cast<int64_t>(Activation::kSilu) ? silu<V>(gate) : gelu_tanh<V>(gate);
+        V::store(out + i / 2, V::mul(gate, up));
       }
     }
   });

@@ -7,6 +7,10 @@
 
 namespace flashformer {
 
+struct Half {
+  uint16_t bits;
+};
+
 template <class V>
 struct KvF32 {
   using T = float;
@@ -20,6 +24,18 @@ struct KvBf16 {
   static typename V::F load(const T* p) { return V::load_bf16(p); }
   static void put(T* p, float x) { *p = to_bf16(x); }
 };
+
+template <class V>
+struct KvF16 {
+  using T = Half;
+  static typename V::F load(const T* p) { return V::load_f16(&p->bits); }
+  static void put(T* p, float x) { p->bits = to_f16(x); }
+};
+
+// The first key that a row at `pos` sees.
+inline int64_t first_visible(const Phase& phase, int64_t pos) {
+  return pos >= phase.window ? pos - phase.window + 1 : 0;
+}
 
 template <class T>
 inline T* keys_of(const Forward& forward, const Phase& phase, int64_t slot, int64_t kv_head) {

@@ -29,18 +29,20 @@ void lm_head(Worker& worker, const Phase& phase, const Span& span) {
   X* input = worker.input<X>();
   Candidate* best = forward.candidates(worker.index);
   for (int64_t i = 0; i < forward.n_head_rows; ++i) {
-    const float* x = forward.residual() + forward.head_row[i] * model.d_model_stride;
-    normalise_row<V>(worker, phase, x, input + i * stride, 2 * model.n_layers - 1);
+    normalise_row<V>(worker, phase, forward.head_row[i], input + i * stride, 2 * model.n_layers - 1);
     best[i] = {-FLT_MAX, -1};
   }
+  const F scale = V::set1(static_cast<float>(phase.scale)), softcap = V::set1(static_cast<float>(phase.softcap));
   F nonzero = V::zero();  // becomes NaN with the first logit that is not finite
   product<V, W>(worker, phase, span, input, stride, forward.n_head_rows, [&](int64_t first, float* sums) {
     for (int64_t i = 0; i < forward.n_head_rows; ++i, sums += kPad) {
       const int32_t r = forward.head_row[i];
       const float temperature = forward.row.temperature[r];
       for (int64_t o = 0; o < phase.vectors * kLanes; o += kLanes) {
-        F logit = V::load(sums + o);
+        F logit = V::mul(V::load(sums + o), scale);
         nonzero = V::fma(logit, V::zero(), nonzero);
+        if (phase.softcap > 0) logit = soft_capped<V>(logit, softcap);
+        V::store(sums + o, logit);
         if (forward.row.want[r] == kWantLogits) V::store(forward.logits() + i * model.logits_stride + first + o, logit);
         if (temperature > 0) {
           float noise[16];

@@ -39,6 +39,26 @@ inline typename V::F silu(typename V::F x) {
   return V::div(x, V::add(e, V::set1(1.0f)));
 }
 
+// GELU by its tanh approximation (Hendrycks & Gimpel 2016): x * (1 + tanh(u)) / 2 = x * sigmoid(2u) with
+// u = sqrt(2 / pi) * (x + 0.044715 x^3).
+template <class V>
+inline typename V::F gelu_tanh(typename V::F x) {
+  using F = typename V::F;
+  F cubic = V::fma(V::mul(V::mul(x, x), V::set1(0.044715f)), x, x);
+  F e = exp<V>(V::mul(cubic, V::set1(-1.5957691216f)));
+  return V::div(x, V::add(e, V::set1(1.0f)));
+}
+
+// softcap * tanh(x / softcap), tanh(y) = 1 - 2 / (e^2y + 1): exact to 1e-7 of softcap.
+template <class V>
+inline typename V::F soft_capped(typename V::F x, typename V::F softcap) {
+  using F = typename V::F;
+  F y = V::div(x, softcap);
+  F e = exp<V>(V::add(y, y));
+  F tanh = V::sub(V::set1(1.0f), V::div(V::set1(2.0f), V::add(e, V::set1(1.0f))));
+  return V::mul(tanh, softcap);
+}
+
 // The sum and the maximum of 16 lanes by one fixed tree.
 template <class V>
 inline float sum_lanes(typename V::F x) {

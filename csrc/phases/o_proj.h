@@ -4,11 +4,12 @@
 #include <cstddef>
 
 #include "input.h"
+#include "kv.h"
 #include "product.h"
 
 namespace flashformer {
 
-// One (row, head): chunks 0 .. n_chunks-1 -> head_dim values.
+// One (row, head): n_chunks chunks from result `partial` on -> head_dim values.
 template <class V, class X>
 inline void merge_chunks(const Forward& forward, const Phase& phase, int64_t partial, int64_t n_chunks, X* out) {
   using F = typename V::F;
@@ -34,18 +35,35 @@ inline void merge_chunks(const Forward& forward, const Phase& phase, int64_t par
   __builtin_memcpy(out, rounded, static_cast<std::size_t>(phase.head_dim) * sizeof(X));
 }
 
-// residual[row][first + i] += sums[row][i] + bias[first + i]
-template <class V>
-inline void add_to_residual(const Forward& forward, const Phase& phase, int64_t first, const float* sums) {
-  const float* bias = phase.bias >= 0 ? forward.vector(phase.bias) + first : nullptr;
-  for (int64_t r = 0; r < forward.n_rows; ++r, sums += kPad) {
-    float* out = forward.residual() + r * forward.model.d_model_stride + first;
-    for (int64_t i = 0; i < phase.vectors * kLanes; i += kLanes) {
-      typename V::F sum = V::load(sums + i);
-      if (bias) sum = V::add(sum, V::load(bias + i));
-      V::store(out + i, V::add(V::load(out + i), sum));
-    }
+// The product of a branch, tile by tile: scale * (sums + bias) is added to the residual, or stored where its norm is
+// still to come. What the residual lacked before is added to it.
+template <class V, class W>
+inline void branch_product(Worker& worker, const Phase& phase, const Span& span, const typename W::X* x,
+                           int64_t x_stride) {
+  using F = typename V::F;
+  const Forward& forward = *worker.forward;
+  const int64_t stride = forward.model.d_model_stride;
+  const F scale = V::set1(static_cast<float>(phase.scale));
+  float* factors = worker.scales();
+  if (phase.fold >= 0 && span.begin < span.end) {
+    for (int64_t r = 0; r < forward.n_rows; ++r) factors[r] = fold_factor<V>(forward, phase, r);
   }
+  product<V, W>(worker, phase, span, x, x_stride, forward.n_rows, [&](int64_t first, const float* sums) {
+    const float* bias = phase.bias >= 0 ? forward.vector(phase.bias) + first : nullptr;
+    for (int64_t r = 0; r < forward.n_rows; ++r, sums += kPad) {
+      float* residual = forward.residual() + r * stride + first;
+      float* branch = phase.to >= 0 ? forward.branch(phase.to) + r * stride + first : nullptr;
+      for (int64_t i = 0; i < phase.vectors * kLanes; i += kLanes) {
+        F sum = V::load(sums + i);
+        if (bias) sum = V::add(sum, V::load(bias + i));
+        sum = V::mul(sum, scale);
+        if (phase.fold >= 0) {
+          V::store(residual + i, V::add(V::load(residual + i), fold_at<V>(forward, phase, r, first + i, factors[r])));
+        }
+        V::store(branch ? branch + i : residual + i, branch ? sum : V::add(V::load(residual + i), sum));
+      }
+    }
+  });
 }
 
 template <class V, class W>
@@ -55,13 +73,14 @@ void o_proj(Worker& worker, const Phase& phase, const Span& span) {
   const int64_t stride = forward.model.input_stride;
   X* input = worker.input<X>();
   for (int64_t r = 0; r < forward.n_rows; ++r) {
-    const int64_t n_chunks = forward.row.pos[r] / kKeyChunk + 1;
+    const int64_t pos = forward.row.pos[r];
+    const int64_t first = first_visible(phase, pos) / kKeyChunk, n_chunks = pos / kKeyChunk + 1 - first;
     for (int64_t h = 0; h < phase.n_heads; ++h) {
-      merge_chunks<V>(forward, phase, forward.partial_index(r, h), n_chunks, input + r * stride + h * phase.head_dim);
+      merge_chunks<V>(forward, phase, forward.partial_index(r, h) + first, n_chunks,
+                      input + r * stride + h * phase.head_dim);
     }
   }
-  product<V, W>(worker, phase, span, input, stride, forward.n_rows,
-                [&](int64_t first, const float* sums) { add_to_residual<V>(forward, phase, first, sums); });
+  branch_product<V, W>(worker, phase, span, input, stride);
 }
 
 }  // namespace flashformer

@@ -32,6 +32,16 @@ struct WeightsBf16 {  // bf16 weights x fp32 activations
 };
 
 template <class V>
+struct WeightsF16 {  // f16 weights x fp32 activations
+  using X = float;
+  static constexpr int kGroup = 2;
+  static constexpr Format kFormat = Format::kF16;
+  static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) {
+    return V::fma(V::odd_f16(w), V::set1(x[1]), V::fma(V::even_f16(w), V::set1(x[0]), sum));
+  }
+};
+
+template <class V>
 struct WeightsBf16Dot {  // bf16 weights x bf16 activations, by the dot-product instruction
   using X = uint16_t;
   static constexpr int kGroup = 2;

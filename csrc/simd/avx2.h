@@ -67,9 +67,23 @@ struct Avx2 {
     const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
     return {_mm256_castsi256_ps(_mm256_and_si256(w.a, mask)), _mm256_castsi256_ps(_mm256_and_si256(w.b, mask))};
   }
+  static F load_f16(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+  }
+  static F even_f16(Raw w) {
+    const __m256i mask = _mm256_set1_epi32(0xFFFF);
+    return widen_f16(_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask));
+  }
+  static F odd_f16(Raw w) { return widen_f16(_mm256_srli_epi32(w.a, 16), _mm256_srli_epi32(w.b, 16)); }
   static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 
  private:
+  // f16 bits in the low halves of 16 lanes
+  static F widen_f16(__m256i a, __m256i b) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(packed)), _mm256_cvtph_ps(_mm256_extracti128_si256(packed, 1))};
+  }
   static __m256 scale8(__m256 x, __m256 n) {
     __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));

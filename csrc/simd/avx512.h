@@ -63,6 +63,12 @@ struct Avx512 {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)));
   }
 #endif
+  static F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // of 16 pairs of f16: the first of each, the second of each
+  static F even_f16(Raw w) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(w)); }
+  static F odd_f16(Raw w) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16))); }
   static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 };
 

@@ -106,7 +106,27 @@ struct Portable {
       return std::bit_cast<F4>(bits);
     });
   }
+  static F load_f16(const uint16_t* p) {
+    return each([&](int i) { return widen_f16(U4{p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]}); });
+  }
+  static F even_f16(Raw w) {
+    return each([&](int i) { return widen_f16(w.q[i] & 0xFFFFu); });
+  }
+  static F odd_f16(Raw w) {
+    return each([&](int i) { return widen_f16(w.q[i] >> 16); });
+  }
   static void prefetch(const char* p) { __builtin_prefetch(p); }
+
+ private:
+  // f16 bits in the low halves: exponent and fraction moved into place, then the exponent's bias corrected by a
+  // product, which normalises subnormals too. Weights are finite; a cache may hold Inf and NaN, whose exponent is set
+  // apart.
+  static F4 widen_f16(U4 half) {
+    const U4 magnitude = (half & 0x7FFFu) << 13;
+    const F4 scaled = std::bit_cast<F4>(magnitude) * 0x1p112f;
+    const U4 special = std::bit_cast<U4>(magnitude >= 0x7C00u << 13) & 0x7F800000u;
+    return std::bit_cast<F4>(std::bit_cast<U4>(scaled) | special | (half & 0x8000u) << 16);
+  }
 };
 
 }  // namespace flashformer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -166,7 +167,7 @@ def test_equal_logits_give_the_lowest_id() -> None:
     data = np.zeros_like(model.tensors["lm_head"].data)
     data[[17, 60, 99]] = 1
     for sign in (0, 1, -1):  # the three logits are equal, and above or below the zeros of the rest
-        kernel = kernel_of(Tiny(model.oracle, model.spec, {**model.tensors, "lm_head": Tensor("x", F32, sign * data)}))
+        kernel = kernel_of(replace(model, tensors={**model.tensors, "lm_head": Tensor("x", F32, sign * data)}))
         logits = forward(kernel, [1, 2])
         for row in range(2):
             assert kernel.tokens[row] == (17 if logits[row, 17] > 0 else 0)
@@ -186,7 +187,7 @@ def test_nan_names_the_first_layer(role: str, layer: int, stored: str) -> None:
     values.reshape(-1)[:] = np.where(np.arange(values.size) % 7 == 3, np.nan, values.reshape(-1))
     fmt = model.tensors[role].format
     damaged = {**model.tensors, role: Tensor(role, fmt, from_f32(values, fmt))}
-    kernel = kernel_of(Tiny(model.oracle, model.spec, damaged), weights=fmt)
+    kernel = kernel_of(replace(model, tensors=damaged), weights=fmt)
     with pytest.raises(NumericalError, match=f"layer {layer}" if 0 <= layer < 2 else "embedding|logits") as caught:
         forward(kernel, [1, 2, 3])
     assert caught.value.layer == layer

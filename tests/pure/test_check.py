@@ -151,4 +151,4 @@ def test_scale() -> None:
 def test_kv_regions_of_layers_are_apart() -> None:
     sound = program(spec(n_layers=3), 2)
     ranges = [written_extent(sound, phase).get(Space.KV) for phase in sound.phases]
-    assert [r for r in ranges if r] == [(0, 56), (56, 112), (112, 168)]  # 2 heads of 14, keys and values
+    assert [r for r in ranges if r] == [(0, 4), (4, 8), (8, 12)]  # units of 2 heads and 512 / 256 chunks

@@ -11,14 +11,17 @@ import pytest
 from programs import conflicts, goes_wrong, program, spec, wait_mutants, with_phase, with_wait
 
 from flashformer.check import findings
+from flashformer.model.spec import QkNorm
 from flashformer.program import Program
-from flashformer.program.ir import Span
+from flashformer.program.ir import Fold, Op, Space, Span, Vector
 from flashformer.program.tape import make_tapes
 
 SHAPES = {
     "one-layer": spec(),
     "two-layers-biases": spec(n_layers=2, d_model=144, d_ff=40, n_heads=3, n_kv_heads=1, head_dim=16, bias=True),
     "tied": spec(d_model=80, vocab_size=40, tied=True),
+    "norms-after": spec(n_layers=2, pre_norm=False, post_norm=True, qk_norm=QkNorm.WIDTH),
+    "norms-around": spec(n_layers=2, post_norm=True, qk_norm=QkNorm.HEAD, window=5, tied=True),
 }
 WORKERS = (1, 2, 3, 4, 5)
 
@@ -143,17 +146,36 @@ def memory_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
 
 def matrix_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
     for p, phase in enumerate(sound.phases):
-        for kind in ("matrix", "norm", "bias"):
+        for kind in ("matrix", "norm", "bias", "q_norm", "k_norm"):
             placed: Any = getattr(phase, kind)
             if placed is None:
                 continue
-            fields = {"matrix": ("n_out", "k", "vectors", "n_tiles"), "norm": (), "bias": ()}[kind]
+            fields = ("n_out", "k", "vectors", "n_tiles") if kind == "matrix" else ()
             changes = [(field, by) for field in fields for by in (-1, 1)]
             changes += [("offset", by) for by in (-64, 64, 1)]
             changes += [("length", -64)] if kind != "matrix" else []
             for field, by in changes:
                 moved = dataclasses.replace(placed, **{field: getattr(placed, field) + by})
                 yield f"phase {p} {kind} {field} {by}", with_phase(sound, p, **{kind: moved})
+
+
+def fold_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
+    """Branches that are folded in twice, never, from the wrong buffer, with a norm too short, or added too early."""
+    for p, phase in enumerate(sound.phases):
+        if phase.op in (Op.O_PROJ, Op.DOWN):
+            for space in (Space.RESIDUAL, Space.ATTENTION_OUT, Space.FFN_OUT):
+                if space is not phase.to:
+                    yield f"phase {p} to {space}", with_phase(sound, p, to=space)
+        if phase.fold is None:
+            if phase.op in (Op.QKV, Op.O_PROJ, Op.GATE_UP, Op.DOWN, Op.LM_HEAD):
+                norm = Vector((), 64, sound.memory.weights_bytes - 256)
+                yield f"phase {p} folds", with_phase(sound, p, fold=Fold(Space.FFN_OUT, norm, 1e-5, 1.0))
+            continue
+        yield f"phase {p} does not fold", with_phase(sound, p, fold=None)
+        other = Space.FFN_OUT if phase.fold.space is Space.ATTENTION_OUT else Space.ATTENTION_OUT
+        yield f"phase {p} folds {other}", with_phase(sound, p, fold=dataclasses.replace(phase.fold, space=other))
+        short = dataclasses.replace(phase.fold.norm, length=phase.fold.norm.length - 64)
+        yield f"phase {p} short norm", with_phase(sound, p, fold=dataclasses.replace(phase.fold, norm=short))
 
 
 def whole_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
@@ -176,13 +198,13 @@ def whole_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
         yield f"{field} {value}", dataclasses.replace(sound, target=target)
 
 
-@pytest.mark.parametrize("mutants", [tape_mutants, memory_mutants, matrix_mutants, whole_mutants])
+@pytest.mark.parametrize("mutants", [tape_mutants, memory_mutants, matrix_mutants, fold_mutants, whole_mutants])
 @cases
 def test_every_other_mutant_is_found(
     shape: str, n_workers: int, mutants: Callable[[Program], Iterator[tuple[str, Program]]]
 ) -> None:
     damaged = list(mutants(program(SHAPES[shape], n_workers)))
-    assert len(damaged) > 10
+    assert len(damaged) > 5
     assert [name for name, mutant in damaged if not findings(mutant)] == []
 
 

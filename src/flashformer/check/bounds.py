@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..model.spec import MAX_HEAD_DIM
+from ..model.spec import MAX_HEAD_DIM, QkNorm
 from ..program.ir import LANES, MAX_HEAD_ROWS, Op, PackedMatrix, Phase, Program, Space
-from ..program.memory import layer_kv_elements, scratch_bytes
-from ..program.ops import EMBED_BLOCK, OPS, attend_units, n_chunks
+from ..program.memory import branches, layer_kv_elements, rope_offsets, scratch_bytes
+from ..program.ops import EMBED_BLOCK, OPS, attend_units, n_chunks, qkv_width
 from ..program.pack import row_map
 from .facts import Finding, phase_name, task_name
 
@@ -35,7 +35,8 @@ def bounds(program: Program) -> tuple[list[Finding], dict[str, int]]:
     """Findings, and how many spans and byte ranges were proved."""
     messages = [*_target(program), *_spans(program)]
     if not messages:
-        messages = [*_matrices(program), *_weights(program), *_buffers(program), *_sizes(program)]
+        messages = [*_matrices(program), *_vectors(program), *_folds(program)]
+        messages += [*_weights(program), *_buffers(program), *_sizes(program)]
     n_ranges = len(program.phases) * program.target.n_workers + len(_weight_ranges(program))
     n_ranges += len(program.memory.buffers)
     return [Finding(RULE, message) for message in messages], {"bounds": n_ranges}
@@ -54,6 +55,8 @@ def _target(program: Program) -> Iterator[str]:
     for index, layer in enumerate(program.spec.layers):
         if layer.head_dim % 2 or not 2 <= layer.head_dim <= MAX_HEAD_DIM:
             yield f"layer {index}: head_dim is {layer.head_dim}, expected an even number up to {MAX_HEAD_DIM}"
+        if layer.rope and (layer.rope.rotary_dim % 2 or not 2 <= layer.rope.rotary_dim <= layer.head_dim):
+            yield f"layer {index}: rotary_dim is {layer.rope.rotary_dim}, expected an even number up to head_dim"
     if target.streams > MAX_STREAMS:
         yield f"streams is {target.streams}, expected at most {MAX_STREAMS}"
     if len(program.tapes) != target.n_workers:
@@ -107,7 +110,7 @@ def _shape(program: Program, phase: Phase) -> tuple[int, int]:
         return program.spec.vocab_size, d_model
     layer = program.spec.layers[phase.layer]
     return {
-        Op.QKV: (layer.q_width + 2 * layer.kv_width, d_model),
+        Op.QKV: (qkv_width(layer), d_model),
         Op.O_PROJ: (d_model, layer.q_width),
         Op.GATE_UP: (2 * layer.d_ff, d_model),
         Op.DOWN: (d_model, layer.d_ff),
@@ -130,10 +133,39 @@ def _matrices(program: Program) -> Iterator[str]:
             yield f"{name}: {matrix.n_tiles} tiles of {matrix.tile_outputs} outputs for {matrix.n_out} rows"
         else:
             yield from _row_map(name, matrix)
-        if phase.norm is not None and phase.norm.length < matrix.k:
-            yield f"{name}: norm of {phase.norm.length} floats for {matrix.k} columns"
-        if phase.bias is not None and phase.bias.length < matrix.n_tiles * matrix.tile_outputs:
-            yield f"{name}: bias of {phase.bias.length} floats for {matrix.n_tiles * matrix.tile_outputs} outputs"
+
+
+def _vectors(program: Program) -> Iterator[str]:
+    """Each vector is as long as what it is applied to."""
+    for index, phase in enumerate(program.phases):
+        matrix, layer = phase.matrix, program.spec.layers[max(phase.layer, 0)]
+        heads = layer.qk_norm is QkNorm.WIDTH
+        needed = {
+            "norm": matrix.k if matrix else 0,
+            "bias": matrix.n_tiles * matrix.tile_outputs if matrix else 0,
+            "q_norm": layer.q_width if heads else layer.head_dim,
+            "k_norm": layer.kv_width if heads else layer.head_dim,
+            "fold": program.spec.d_model,
+        }
+        for name, vector in phase.vectors.items():
+            if vector.length < needed[name]:
+                yield f"{phase_name(program, index)}: {name} of {vector.length} floats for {needed[name]}"
+
+
+def _folds(program: Program) -> Iterator[str]:
+    """Every branch with a norm to come is folded in by the next phase that reads the residual, and then added."""
+    due = None  # the space of the branch that the residual lacks
+    for index, phase in enumerate(program.phases):
+        if phase.op not in (Op.QKV, Op.O_PROJ, Op.GATE_UP, Op.DOWN, Op.LM_HEAD):
+            continue
+        found = phase.fold.space if phase.fold else None
+        if found is not due:
+            yield f"{phase_name(program, index)}: folds in {found}, but the residual lacks {due}"
+        if phase.op in (Op.O_PROJ, Op.DOWN):
+            due = None if phase.to is Space.RESIDUAL else phase.to
+            own = Space.ATTENTION_OUT if phase.op is Op.O_PROJ else Space.FFN_OUT
+            if due not in (None, own):
+                yield f"{phase_name(program, index)}: puts its result into {due}, expected {own} or the residual"
 
 
 def _row_map(name: str, matrix: PackedMatrix) -> Iterator[str]:
@@ -151,8 +183,8 @@ def _weight_ranges(program: Program) -> list[Range]:
         name = phase_name(program, index)
         if phase.matrix is not None:
             ranges.append(Range(f"{name} tiles", phase.matrix.offset, phase.matrix.offset + phase.matrix.n_bytes))
-        for kind, vector in (("norm", phase.norm), ("bias", phase.bias)):
-            if vector is not None:
+        for kind, vector in phase.vectors.items():
+            if kind != "fold" or phase.op in (Op.O_PROJ, Op.DOWN, Op.LM_HEAD):  # where it is read last
                 ranges.append(Range(f"{name} {kind}", vector.offset, vector.offset + 4 * vector.length))
     if not program.spec.tied:
         n_bytes = program.spec.vocab_size * program.spec.d_model * program.target.weight_format.element_bytes
@@ -227,7 +259,8 @@ def _needed(program: Program) -> dict[Space, tuple[int, int, int, int]]:
     residual = max(outputs.get(op, 0) for op in (Op.EMBED, Op.O_PROJ, Op.DOWN))
     return {
         Space.RESIDUAL: (target.rows, residual, 4, aligned),
-        Space.QUERY: (target.rows, max(layer.q_width for layer in layers), 4, aligned),
+        Space.QKV: (target.rows, outputs.get(Op.QKV, 0), 4, aligned),
+        **{space: (target.rows, residual, 4, aligned) for space in branches(program.spec)},
         Space.PARTIAL: (partials, max(layer.head_dim for layer in layers) + 2, 4, LANES),
         Space.HIDDEN: (target.rows, outputs.get(Op.GATE_UP, 0) // 2, 4, aligned),
         Space.LOGITS: (MAX_HEAD_ROWS, outputs.get(Op.LM_HEAD, 0), 4, aligned),
@@ -240,7 +273,7 @@ def _sizes(program: Program) -> Iterator[str]:
     """KV cache, scratch and rope table hold what their layouts say."""
     spec, target, memory = program.spec, program.target, program.memory
     elements = sum(layer_kv_elements(layer, target) for layer in spec.layers)
-    rope = target.ctx * max(layer.head_dim for layer in spec.layers) * 4
+    _, rope = rope_offsets(spec, target.ctx)
     for name, found, least in (
         ("kv_bytes", memory.kv_bytes, elements * target.kv_format.element_bytes),
         ("scratch_bytes", memory.scratch_bytes, scratch_bytes(spec, target)),

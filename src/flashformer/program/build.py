@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..model.spec import ModelSpec
 from .ir import Op, Phase, Program, Span, Target
-from .lower import Lowered, lower
+from .lower import lower
 from .memory import plan_memory
 from .split import Dealer, cyclic_spans, even_spans
 from .sync import full_barriers
@@ -17,8 +19,8 @@ def build(spec: ModelSpec, target: Target) -> Program:
     dealer = Dealer(target.n_workers)
     waits = full_barriers(len(layout.phases), target.n_workers)
     phases = tuple(
-        Phase(low.op, low.layer, low.n_units, low.matrix, _spans(low, dealer), wait, low.norm, low.norm_eps, low.bias)
-        for low, wait in zip(layout.phases, waits, strict=True)
+        replace(phase, spans=_spans(phase, dealer), waits=wait)
+        for phase, wait in zip(layout.phases, waits, strict=True)
     )
     return Program(
         spec=spec,
@@ -32,10 +34,10 @@ def build(spec: ModelSpec, target: Target) -> Program:
     )
 
 
-def _spans(low: Lowered, dealer: Dealer) -> tuple[Span, ...]:
+def _spans(phase: Phase, dealer: Dealer) -> tuple[Span, ...]:
     n_workers = len(dealer.read_bytes)
-    if low.matrix is not None:
-        return dealer.deal(low.n_units, low.matrix.tile_bytes)
-    if low.op is Op.EMBED:
-        return even_spans(low.n_units, n_workers)
-    return cyclic_spans(low.n_units, n_workers, max(low.layer, 0))
+    if phase.matrix is not None:
+        return dealer.deal(phase.n_units, phase.matrix.tile_bytes)
+    if phase.op is Op.EMBED:
+        return even_spans(phase.n_units, n_workers)
+    return cyclic_spans(phase.n_units, n_workers, max(phase.layer, 0))

@@ -41,10 +41,12 @@ class Space(StrEnum):
     """What phases hand to each other; ops.py says in which coordinate. Row widths are padded (memory.py)."""
 
     RESIDUAL = "residual"  # (rows, d_model) f32
-    QUERY = "query"  # (rows, n_heads * head_dim) f32, rotated
-    KV = "kv"  # (layers, streams, n_kv_heads, ctx, head_dim) keys and values in the KV format
+    QKV = "qkv"  # (rows, (n_heads + 2 n_kv_heads) * head_dim) f32, as projected
+    KV = "kv"  # (layers, streams, n_kv_heads, ctx, head_dim) rotated keys and values in the KV format
     PARTIAL = "partial"  # (rows, n_heads, chunks, head_dim) f32 weighted values of one chunk, max and sum behind
+    ATTENTION_OUT = "attention_out"  # (rows, d_model) f32 output of an attention whose norm is still to come
     HIDDEN = "hidden"  # (rows, d_ff) f32
+    FFN_OUT = "ffn_out"  # (rows, d_model) f32 output of a feed-forward whose norm is still to come
     LOGITS = "logits"  # (MAX_HEAD_ROWS, vocab_size) f32
     CANDIDATES = "candidates"  # (workers, MAX_HEAD_ROWS) best score f32 and its token id i32
     TOKENS = "tokens"  # (MAX_HEAD_ROWS) i32, the result
@@ -66,7 +68,6 @@ class Order(StrEnum):
     """How packed outputs follow from the rows of the stacked sources."""
 
     PLAIN = "plain"
-    PAIRS = "pairs"  # within each head of the first `paired` rows: i, i + head_dim/2 adjacent
     ALTERNATE = "alternate"  # 16 rows of the first source, 16 of the second, ...
 
 
@@ -86,8 +87,6 @@ class PackedMatrix:
     n_tiles: int
     offset: int  # bytes from the start of the packed weights, a multiple of 64
     order: Order = Order.PLAIN
-    head_dim: int = 0  # of PAIRS
-    paired: int = 0  # of PAIRS: source rows that are rotated heads; the rest stay as they are
 
     @property
     def tile_outputs(self) -> int:
@@ -116,16 +115,42 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """A branch that belongs to the residual but is not in it yet: scale * rms_norm(buffer).
+
+    Its norm needs the whole branch, which many workers made. So the phase after it that reads the residual folds the
+    branch in for itself, and the phase after that, when all have read, adds it to the residual.
+    """
+
+    space: Space  # ATTENTION_OUT or FFN_OUT
+    norm: Vector
+    norm_eps: float
+    scale: float
+
+
+@dataclass(frozen=True)
 class Phase:
     op: Op
     layer: int  # -1 outside the layers
     n_units: int  # tiles of a product; units as defined in ops.py otherwise
-    matrix: PackedMatrix | None  # None: the phase reads no tile
-    spans: tuple[Span, ...]  # (n_workers)
-    waits: tuple[int, ...]  # (n_workers) arrivals
+    matrix: PackedMatrix | None = None  # None: the phase reads no tile
     norm: Vector | None = None  # weight of the RMS norm at the input, and its epsilon
     norm_eps: float = 0.0
     bias: Vector | None = None
+    scale: float = 1.0  # of the result, bias included
+    fold: Fold | None = None  # what the residual that this phase reads or adds to still lacks
+    to: Space = Space.RESIDUAL  # where o_proj and down put their result; added to the residual, stored elsewhere
+    q_norm: Vector | None = None  # of attend; eps is norm_eps
+    k_norm: Vector | None = None
+    spans: tuple[Span, ...] = ()  # (n_workers); empty until the phase is split
+    waits: tuple[int, ...] = ()  # (n_workers) arrivals
+
+    @property
+    def vectors(self) -> dict[str, Vector]:
+        """The vectors that the phase reads, by what they are to it. A fold's norm serves two phases."""
+        named = {"norm": self.norm, "bias": self.bias, "q_norm": self.q_norm, "k_norm": self.k_norm}
+        named["fold"] = self.fold.norm if self.fold else None
+        return {name: vector for name, vector in named.items() if vector is not None}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..model.spec import LayerSpec, ModelSpec
+from ..model.spec import LayerSpec, ModelSpec, RopeSpec
 from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Memory, Space, Target
 from .lower import padded
-from .ops import n_chunks
+from .ops import n_chunks, qkv_width
 from .split import tile_vectors
 
 SCORE_ROWS = 4  # (row, head) pairs that attention takes at once
@@ -34,8 +34,27 @@ def input_stride(spec: ModelSpec) -> int:
 
 
 def scratch_bytes(spec: ModelSpec, target: Target) -> int:
-    """Private to a worker: the input of a product (rows, k), tile sums (rows, 64), scores (SCORE_ROWS, 256); f32."""
-    return 4 * (target.rows * (input_stride(spec) + 4 * LANES) + SCORE_ROWS * KEY_CHUNK)
+    """Private to a worker: the input of a product (rows, k), tile sums (rows, 64), scores (SCORE_ROWS, 256), a row of
+    the residual with its fold (d_model), rotated queries (SCORE_ROWS, head_dim), the scales of queries and keys whose
+    norm takes all heads (rows, 2); all f32.
+    """
+    heads = SCORE_ROWS * max(head_dim_padded(la) for la in spec.layers)
+    per_row = target.rows * (input_stride(spec) + 4 * LANES + 2)
+    return -(-4 * (per_row + SCORE_ROWS * KEY_CHUNK + padded(spec.d_model) + heads) // 64) * 64
+
+
+def branches(spec: ModelSpec) -> tuple[Space, ...]:
+    """The buffers of branches whose norm comes after them, where there are such."""
+    return (Space.ATTENTION_OUT, Space.FFN_OUT) if any(la.post_norm for la in spec.layers) else ()
+
+
+def rope_offsets(spec: ModelSpec, ctx: int) -> tuple[dict[RopeSpec, int], int]:
+    """Bytes from the start of the rope region to each table, (ctx, 2, rotary_dim / 2) f32, and the region's size."""
+    offsets, end = {}, 0
+    for rope in spec.ropes:
+        offsets[rope] = end
+        end += -(-ctx * rope.rotary_dim * 4 // 64) * 64
+    return offsets, end
 
 
 def plan_memory(spec: ModelSpec, target: Target, weights_bytes: int) -> Memory:
@@ -46,7 +65,8 @@ def plan_memory(spec: ModelSpec, target: Target, weights_bytes: int) -> Memory:
     vocab = -(-spec.vocab_size // (head_vectors * LANES)) * head_vectors * LANES
     shapes: list[tuple[Space, tuple[int, ...], int]] = [
         (Space.RESIDUAL, (rows, padded(spec.d_model)), 4),
-        (Space.QUERY, (rows, padded(max(la.q_width for la in layers))), 4),
+        *((space, (rows, padded(spec.d_model)), 4) for space in branches(spec)),
+        (Space.QKV, (rows, padded(max(qkv_width(la) for la in layers))), 4),
         (Space.PARTIAL, (rows * heads * chunks, head_dim + 2), 4),
         (Space.HIDDEN, (rows, padded(max(la.d_ff for la in layers))), 4),
         (Space.LOGITS, (MAX_HEAD_ROWS, vocab), 4),
@@ -58,8 +78,7 @@ def plan_memory(spec: ModelSpec, target: Target, weights_bytes: int) -> Memory:
     for space, shape, element_bytes in shapes:
         buffers.append(Buffer(space, shape, element_bytes, end))
         end += -(-buffers[-1].n_bytes // 64) * 64
-    rope = target.ctx * max(la.head_dim for la in layers) * 4
-    rope = -(-rope // 64) * 64
+    _, rope = rope_offsets(spec, target.ctx)
     scratch = scratch_bytes(spec, target)
     return Memory(
         weights_bytes=weights_bytes,

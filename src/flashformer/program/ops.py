@@ -3,17 +3,19 @@
 A region is an interval of one buffer in that buffer's own coordinate:
 
     RESIDUAL    column of the residual                 [0, d_model)
-    QUERY       packed output of the qkv product       [0, q_width)          pairs (i, i + head_dim/2) adjacent
-    KV          layer * 2 * kv_width + column; keys in packed order, then values
+    QKV         output of the qkv product              [0, q_width + 2 kv_width)
+    KV          attention units of all layers before + attention unit: its chunk of one slot and kv head
     PARTIAL     attention unit                         [0, n_units)
     HIDDEN      column                                 [0, d_ff)
+    *_OUT       column                                 [0, d_model)
     LOGITS      token id                               [0, vocab_size)
     CANDIDATES  worker                                 [0, n_workers)
     TOKENS      head row                               [0, MAX_HEAD_ROWS)
 
 All rows of a forward are always meant. Units: a product's unit is a tile; embed's is a block of EMBED_BLOCK
 columns; sample's is a head row (the i-th row that wants something); attend's is (chunk, group, kv head),
-flattened as (chunk * streams + group) * n_kv_heads + kv_head, where a group is a run of rows of one slot.
+flattened as (chunk * streams + group) * n_kv_heads + kv_head, where a group is a run of rows of one slot. Within a
+forward groups and slots correspond one to one, so a unit is also a piece of the KV cache that nobody else touches.
 """
 
 from __future__ import annotations
@@ -79,12 +81,28 @@ def _outputs(phase: Phase, worker: int) -> tuple[int, int]:
     return (span.begin * width, span.end * width) if len(span) else (0, 0)
 
 
+def _folded(program: Program, phase: Phase) -> tuple[Region, ...]:
+    return _whole(phase.fold.space, program.spec.d_model) if phase.fold else ()
+
+
 def _residual_all(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
-    return _whole(Space.RESIDUAL, program.spec.d_model)
+    return _whole(Space.RESIDUAL, program.spec.d_model) + _folded(program, phase)
 
 
-def _residual_outputs(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
-    return _clipped(Space.RESIDUAL, *_outputs(phase, worker), program.spec.d_model)
+def result_spaces(phase: Phase) -> tuple[Space, ...]:
+    """What o_proj and down write: their result's place, and the residual if they add a fold to it."""
+    return tuple(dict.fromkeys((*((Space.RESIDUAL,) if phase.fold else ()), phase.to)))
+
+
+def _branch_reads(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    added_to = Space.RESIDUAL in result_spaces(phase)
+    own = _clipped(Space.RESIDUAL, *_outputs(phase, worker), program.spec.d_model) if added_to else ()
+    return own + _folded(program, phase)
+
+
+def _branch_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    outputs = _outputs(phase, worker)
+    return tuple(r for space in result_spaces(phase) for r in _clipped(space, *outputs, program.spec.d_model))
 
 
 def _nothing(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
@@ -97,32 +115,35 @@ def _embed_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, 
 
 
 def kv_base(program: Program, layer: int) -> int:
-    return sum(2 * spec.kv_width for spec in program.spec.layers[:layer])
+    return sum(attend_units(spec, program.target) for spec in program.spec.layers[:layer])
+
+
+def qkv_width(layer: LayerSpec) -> int:
+    return layer.q_width + 2 * layer.kv_width
 
 
 def _qkv_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
-    layer, (begin, end) = _layer(program, phase), _outputs(phase, worker)
-    base = kv_base(program, phase.layer)
-    kv_begin, kv_end = max(begin - layer.q_width, 0), end - layer.q_width
-    kv = _clipped(Space.KV, kv_begin, kv_end, 2 * layer.kv_width)
-    return _clipped(Space.QUERY, begin, end, layer.q_width) + tuple(
-        Region(Space.KV, base + r.begin, base + r.end) for r in kv
-    )
+    return _clipped(Space.QKV, *_outputs(phase, worker), qkv_width(_layer(program, phase)))
+
+
+def _kv_units(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
+    base, span = kv_base(program, phase.layer), phase.spans[worker]
+    return (Region(Space.KV, base + span.begin, base + span.end, span.step),) if len(span) else ()
 
 
 def _attend_reads(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
-    layer, base = _layer(program, phase), kv_base(program, phase.layer)
-    return (Region(Space.QUERY, 0, layer.q_width), Region(Space.KV, base, base + 2 * layer.kv_width))
+    return _whole(Space.QKV, qkv_width(_layer(program, phase))) + _kv_units(program, phase, worker)
 
 
 def _attend_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
     span = phase.spans[worker]
-    return (Region(Space.PARTIAL, span.begin, span.end, span.step),) if len(span) else ()
+    partial = (Region(Space.PARTIAL, span.begin, span.end, span.step),) if len(span) else ()
+    return partial + _kv_units(program, phase, worker)
 
 
 def _o_proj_reads(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
     units = attend_units(_layer(program, phase), program.target)
-    return _whole(Space.PARTIAL, units) + _residual_outputs(program, phase, worker)
+    return _whole(Space.PARTIAL, units) + _branch_reads(program, phase, worker)
 
 
 def _gate_up_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
@@ -131,7 +152,7 @@ def _gate_up_writes(program: Program, phase: Phase, worker: int) -> tuple[Region
 
 
 def _down_reads(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
-    return _whole(Space.HIDDEN, _layer(program, phase).d_ff) + _residual_outputs(program, phase, worker)
+    return _whole(Space.HIDDEN, _layer(program, phase).d_ff) + _branch_reads(program, phase, worker)
 
 
 def _lm_head_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
@@ -152,11 +173,18 @@ OPS = {
     info.op: info
     for info in (
         OpInfo(Op.EMBED, 0, "embedding row -> residual", False, _nothing, _embed_writes),
-        OpInfo(Op.QKV, 1, "norm, q k v products, bias, rope, KV append", True, _residual_all, _qkv_writes),
-        OpInfo(Op.ATTEND, 2, "scores, exp, weighted values of one key chunk", False, _attend_reads, _attend_writes),
-        OpInfo(Op.O_PROJ, 3, "merge chunks, product, residual +=", True, _o_proj_reads, _residual_outputs),
+        OpInfo(Op.QKV, 1, "norm, q k v products, bias", True, _residual_all, _qkv_writes),
+        OpInfo(
+            Op.ATTEND,
+            2,
+            "q and k norm, rope, KV append; scores, exp, weighted values of one key chunk",
+            False,
+            _attend_reads,
+            _attend_writes,
+        ),
+        OpInfo(Op.O_PROJ, 3, "merge chunks, product, residual +=", True, _o_proj_reads, _branch_writes),
         OpInfo(Op.GATE_UP, 4, "norm, gate and up products, activation", True, _residual_all, _gate_up_writes),
-        OpInfo(Op.DOWN, 5, "product, residual +=", True, _down_reads, _residual_outputs),
+        OpInfo(Op.DOWN, 5, "product, residual +=", True, _down_reads, _branch_writes),
         OpInfo(Op.LM_HEAD, 6, "norm, product, best token of the span", True, _residual_all, _lm_head_writes),
         OpInfo(Op.SAMPLE, 7, "best token of all workers", False, _sample_reads, _sample_writes),
     )
@@ -167,13 +195,15 @@ def written_extent(program: Program, phase: Phase) -> dict[Space, tuple[int, int
     """What all workers together must write: the interval of each buffer that the phase produces."""
     spec = program.spec
     match phase.op:
-        case Op.EMBED | Op.O_PROJ | Op.DOWN:
+        case Op.EMBED:
             return {Space.RESIDUAL: (0, spec.d_model)}
+        case Op.O_PROJ | Op.DOWN:
+            return {space: (0, spec.d_model) for space in result_spaces(phase)}
         case Op.QKV:
-            layer, base = _layer(program, phase), kv_base(program, phase.layer)
-            return {Space.QUERY: (0, layer.q_width), Space.KV: (base, base + 2 * layer.kv_width)}
+            return {Space.QKV: (0, qkv_width(_layer(program, phase)))}
         case Op.ATTEND:
-            return {Space.PARTIAL: (0, attend_units(_layer(program, phase), program.target))}
+            units, base = attend_units(_layer(program, phase), program.target), kv_base(program, phase.layer)
+            return {Space.PARTIAL: (0, units), Space.KV: (base, base + units)}
         case Op.GATE_UP:
             return {Space.HIDDEN: (0, _layer(program, phase).d_ff)}
         case Op.LM_HEAD:

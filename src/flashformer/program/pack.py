@@ -24,11 +24,7 @@ def row_map(matrix: PackedMatrix) -> NDArray[np.int32]:
         result[place] = row
         result[place + LANES] = row + half
         return result
-    rows = np.arange(matrix.n_out, dtype=np.int32)
-    if matrix.order is Order.PAIRS:
-        heads = rows[: matrix.paired].reshape(-1, 2, matrix.head_dim // 2)
-        rows[: matrix.paired] = heads.transpose(0, 2, 1).ravel()
-    result[: matrix.n_out] = rows
+    result[: matrix.n_out] = np.arange(matrix.n_out, dtype=np.int32)
     return result
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..model.spec import MAX_HEAD_DIM
-from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Program, Space
+from ..model.spec import MAX_HEAD_DIM, Activation, QkNorm
+from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Op, Phase, Program, Space
 from .lower import VECTOR_PAD, padded
-from .memory import SCORE_ROWS, ctx_padded, head_dim_padded, input_stride, layer_kv_elements
+from .memory import SCORE_ROWS, ctx_padded, head_dim_padded, input_stride, layer_kv_elements, rope_offsets
 from .ops import EMBED_BLOCK, OPS, n_chunks
 
 MODEL = np.dtype(
@@ -24,10 +24,10 @@ MODEL = np.dtype(
         (name, "<i8")
         for name in (
             "n_workers", "n_phases", "head_begin", "rows", "streams", "ctx", "ctx_padded", "chunks",
-            "d_model", "d_model_stride", "query_stride", "hidden_stride", "vocab_size", "logits_stride",
+            "d_model", "d_model_stride", "qkv_stride", "hidden_stride", "vocab_size", "logits_stride",
             "n_heads_max", "partial_stride", "n_layers", "weight_format", "kv_format", "exact",
-            "embed_offset", "embed_phase", "residual", "query", "partial", "hidden", "logits", "candidates",
-            "tokens", "rope", "scratch", "scratch_bytes", "input_stride", "work_bytes",
+            "embed_offset", "embed_phase", "residual", "qkv", "partial", "hidden", "logits", "candidates",
+            "tokens", "scratch", "scratch_bytes", "input_stride", "work_bytes",
         )
     ]
 )  # fmt: skip
@@ -37,15 +37,21 @@ PHASE = np.dtype(
         (name, "<i8")
         for name in (
             "op", "layer", "n_units", "matrix", "tile_bytes", "vectors", "k", "k_padded", "n_out",
-            "norm", "bias", "n_heads", "n_kv_heads", "head_dim", "head_dim_padded", "d_ff", "keys", "values",
+            "norm", "bias", "fold", "fold_norm", "to", "activation",
+            "n_heads", "n_kv_heads", "head_dim", "head_dim_padded", "window", "keys", "values",
+            "rope", "rotary_dim", "qk_norm", "q_norm", "k_norm",
         )
     ]
-    + [("norm_eps", "<f8"), ("attention_scale", "<f8")]
+    + [(name, "<f8") for name in ("norm_eps", "scale", "fold_eps", "fold_scale", "attention_scale", "softcap")]
 )  # fmt: skip
 
 SPAN = np.dtype([(name, "<i8") for name in ("begin", "end", "step", "wait")])
 TAPE = np.dtype([(name, "<i8") for name in ("phase", "begin", "end")])
 RECORDS = {"Model": MODEL, "Phase": PHASE, "Span": SPAN, "TapeItem": TAPE}
+
+# The numbers native code knows them by. QkNorm 0: none.
+ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1}
+QK_NORMS = {QkNorm.HEAD: 1, QkNorm.WIDTH: 2}
 
 
 @dataclass(frozen=True)
@@ -63,29 +69,51 @@ def flatten(program: Program) -> FlatProgram:
     phases, schedule = np.zeros(n_phases, PHASE), np.zeros((n_phases, n_workers), SPAN)
     kv_offsets = _kv_offsets(program)
     for p, phase in enumerate(program.phases):
-        record = phases[p]
-        record["op"], record["layer"], record["n_units"] = OPS[phase.op].code, phase.layer, phase.n_units
-        record["matrix"] = record["norm"] = record["bias"] = -1
-        if (matrix := phase.matrix) is not None:
-            for name in ("tile_bytes", "vectors", "k", "k_padded", "n_out"):
-                record[name] = getattr(matrix, name)
-            record["matrix"] = matrix.offset
-        if phase.norm is not None:
-            record["norm"], record["norm_eps"] = phase.norm.offset, phase.norm_eps
-        if phase.bias is not None:
-            record["bias"] = phase.bias.offset
-        if phase.layer >= 0:
-            layer = program.spec.layers[phase.layer]
-            for name in ("n_heads", "n_kv_heads", "head_dim", "d_ff", "attention_scale"):
-                record[name] = getattr(layer, name)
-            record["head_dim_padded"] = head_dim_padded(layer)
-            record["keys"], record["values"] = kv_offsets[phase.layer]
+        _phase_record(program, phase, phases[p])
+        if phase.op is Op.ATTEND:
+            phases[p]["keys"], phases[p]["values"] = kv_offsets[phase.layer]
         for w in range(n_workers):
             span = phase.spans[w]
             schedule[p, w] = (span.begin, span.end, span.step, phase.waits[w])
     items = [(item.phase, item.begin, item.end) for tape in program.tapes for item in tape]
     begins = np.cumsum([0] + [len(tape) for tape in program.tapes], dtype=np.int64)
     return FlatProgram(_model_record(program), phases, schedule, np.array(items, TAPE), begins)
+
+
+def _phase_record(program: Program, phase: Phase, record: np.void) -> None:
+    """Offsets that do not apply are -1; so is `to` where a result is added to the residual."""
+    buffers = {b.space: b.offset for b in program.memory.buffers}
+    record["op"], record["layer"], record["n_units"] = OPS[phase.op].code, phase.layer, phase.n_units
+    record["norm_eps"], record["scale"] = phase.norm_eps, phase.scale
+    for name in ("matrix", "norm", "bias", "q_norm", "k_norm"):
+        placed = getattr(phase, name)
+        record[name] = -1 if placed is None else placed.offset
+    if (matrix := phase.matrix) is not None:
+        for name in ("tile_bytes", "vectors", "k", "k_padded", "n_out"):
+            record[name] = getattr(matrix, name)
+    record["to"] = -1 if phase.to is Space.RESIDUAL else buffers[phase.to]
+    record["fold"] = record["fold_norm"] = record["rope"] = -1
+    if (fold := phase.fold) is not None:
+        record["fold"], record["fold_norm"] = buffers[fold.space], fold.norm.offset
+        record["fold_eps"], record["fold_scale"] = fold.norm_eps, fold.scale
+    if phase.op is Op.LM_HEAD:
+        record["softcap"] = program.spec.logits_softcap or 0
+    if phase.layer >= 0:
+        layer = program.spec.layers[phase.layer]
+        for name in ("n_heads", "n_kv_heads", "head_dim", "attention_scale"):
+            record[name] = getattr(layer, name)
+        record["head_dim_padded"] = head_dim_padded(layer)
+        record["activation"] = ACTIVATIONS[layer.activation]
+        record["window"], record["softcap"] = layer.window or program.target.ctx, layer.score_softcap or 0
+        record["qk_norm"] = QK_NORMS[layer.qk_norm] if layer.qk_norm else 0
+        if layer.rope is not None:
+            offsets, _ = rope_offsets(program.spec, program.target.ctx)
+            record["rope"], record["rotary_dim"] = rope_begin(program) + offsets[layer.rope], layer.rope.rotary_dim
+
+
+def rope_begin(program: Program) -> int:
+    """Where the buffers end and the rope tables begin in the work region; scratch follows."""
+    return max(b.offset + -(-b.n_bytes // 64) * 64 for b in program.memory.buffers)
 
 
 def _kv_offsets(program: Program) -> list[tuple[int, int]]:
@@ -103,7 +131,6 @@ def _kv_offsets(program: Program) -> list[tuple[int, int]]:
 def _model_record(program: Program) -> NDArray[np.void]:
     spec, target, memory = program.spec, program.target, program.memory
     buffers: dict[Space, Buffer] = {b.space: b for b in memory.buffers}
-    shared_end = max(b.offset + -(-b.n_bytes // 64) * 64 for b in memory.buffers)
     values = {
         "n_workers": target.n_workers,
         "n_phases": len(program.phases),
@@ -115,7 +142,7 @@ def _model_record(program: Program) -> NDArray[np.void]:
         "chunks": n_chunks(target.ctx),
         "d_model": spec.d_model,
         "d_model_stride": padded(spec.d_model),
-        "query_stride": buffers[Space.QUERY].shape[1],
+        "qkv_stride": buffers[Space.QKV].shape[1],
         "hidden_stride": buffers[Space.HIDDEN].shape[1],
         "vocab_size": spec.vocab_size,
         "logits_stride": buffers[Space.LOGITS].shape[1],
@@ -127,13 +154,12 @@ def _model_record(program: Program) -> NDArray[np.void]:
         "exact": int(target.exact),
         "embed_offset": program.embed_offset,
         "embed_phase": program.head_begin,
-        "rope": shared_end,
-        "scratch": shared_end + memory.rope_bytes,
+        "scratch": rope_begin(program) + memory.rope_bytes,
         "scratch_bytes": memory.scratch_bytes,
         "input_stride": input_stride(spec),
         "work_bytes": memory.buffers_bytes,
     }
-    for name in ("residual", "query", "partial", "hidden", "logits", "candidates", "tokens"):
+    for name in ("residual", "qkv", "partial", "hidden", "logits", "candidates", "tokens"):
         values[name] = buffers[Space(name)].offset
     record = np.zeros(1, MODEL)
     for name in MODEL.names or ():

@@ -20,7 +20,7 @@ from ..rows import read_rows
 from . import topology
 from .bandwidth import read_gb_s
 from .native import load_native
-from .weights import fill_rope, pack_weights
+from .weights import fill_ropes, pack_weights
 
 SPINS = 10_000  # looks at a counter before a waiter sleeps, about 0.1 ms
 SPINS_OVERSUBSCRIBED = 100  # with more workers than CPUs, the one waited for may need this one's CPU
@@ -68,7 +68,7 @@ class CpuKernel(Kernel):
         n_cpus = len(topology.affinity())
         pack_weights(native, self._weights, program, weights, n_threads=min(target.n_workers, n_cpus))
         flat = flat or flatten(program)
-        fill_rope(work, flat, program)
+        fill_ropes(work, program)
         self.rows = rows = Rows(target.rows)
         self._native = _start(
             native.Kernel,

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ...formats import Format, round_to, to_f32
 from ...model.rope import rope_table
 from ...program.ir import MAX_HEAD_ROWS, Program
-from ...program.ops import n_chunks
+from ...program.memory import branches
+from ...program.ops import n_chunks, qkv_width
 from ..base import Rows
 from ..rows import Batch
 
@@ -42,9 +43,8 @@ class Weights:
         for phase in program.phases:
             if phase.matrix is not None:
                 self._matrices[phase.matrix.roles] = round_to(stacked(phase.matrix.roles), fmt)
-            for vector in (phase.norm, phase.bias):
-                if vector is not None:
-                    self._vectors[vector.roles] = stacked(vector.roles)
+            for vector in phase.vectors.values():
+                self._vectors[vector.roles] = stacked(vector.roles)
         if ("embed",) not in self._matrices:
             self._matrices["embed",] = round_to(stacked(("embed",)), fmt)
 
@@ -70,25 +70,25 @@ class State:
         self.batch = Batch(0, (), ())
         heads, head_dim = max(layer.n_heads for layer in layers), max(layer.head_dim for layer in layers)
         self.residual = poison(target.rows, program.spec.d_model)
-        self.query = poison(target.rows, max(layer.q_width for layer in layers))
+        self.branches = {space: poison(target.rows, program.spec.d_model) for space in branches(program.spec)}
+        self.qkv = poison(target.rows, max(qkv_width(layer) for layer in layers))
         self.partial = poison(target.rows, heads, n_chunks(target.ctx), head_dim + 2)  # weighted values, max, sum
         self.hidden = poison(target.rows, max(layer.d_ff for layer in layers))
         self.logits = poison(MAX_HEAD_ROWS, program.spec.vocab_size)
         self.candidate_scores = poison(target.n_workers, MAX_HEAD_ROWS)
         self.candidate_ids = np.full((target.n_workers, MAX_HEAD_ROWS), -1, np.int32)
         self.tokens = np.full(MAX_HEAD_ROWS, -1, np.int32)
-        # per layer (streams, n_kv_heads, ctx, head_dim), values as the KV format holds them; keys in packed order
+        # per layer (streams, n_kv_heads, ctx, head_dim), as the KV format holds them
         shapes = [(target.streams, layer.n_kv_heads, target.ctx, layer.head_dim) for layer in layers]
         self.keys = [poison(*shape) for shape in shapes]
         self.values = [poison(*shape) for shape in shapes]
-        widths = {layer.head_dim for layer in layers}
-        self.rope = {n: rope_table(program.spec.rope, n, target.ctx) for n in widths}  # (ctx, n/2, 2) cos, sin
+        self.ropes = {rope: rope_table(rope, target.ctx) for rope in program.spec.ropes}  # (ctx, 2, rotary_dim / 2)
 
     def begin(self, batch: Batch) -> None:
         """Poisons everything that this forward has to produce, and the KV cache from each run's first position."""
         self.batch = batch
-        floats = (self.residual, self.query, self.partial, self.hidden, self.logits, self.candidate_scores)
-        for buffer in floats:
+        floats = (self.residual, self.qkv, self.partial, self.hidden, self.logits, self.candidate_scores)
+        for buffer in (*floats, *self.branches.values()):
             buffer[:] = np.nan
         self.candidate_ids[:] = -1
         self.tokens[:] = -1

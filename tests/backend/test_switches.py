@@ -1,0 +1,245 @@
+"""Every switch of a LayerSpec on random models: the CPU kernel against the reference, and its bits against itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from cpu_kernels import greedy, prefill, prompt_logits
+from numpy.typing import NDArray
+from tiny import put, relative_error
+
+from flashformer.backends.base import Want
+from flashformer.backends.cpu.kernel import CpuKernel
+from flashformer.backends.reference import ReferenceKernel
+from flashformer.check import check
+from flashformer.checkpoint import Tensor
+from flashformer.errors import NumericalError
+from flashformer.formats import BF16, F16, F32, Format, from_f32
+from flashformer.model.spec import Activation, LayerSpec, ModelSpec, QkNorm, RopeKind, RopeSpec
+from flashformer.program import Target, build
+
+D_MODEL, VOCAB, N_SHAPES = 52, 211, 24
+
+
+def random_layer(rng: np.random.Generator) -> LayerSpec:
+    def flip() -> bool:
+        return bool(rng.random() < 0.5)
+
+    head_dim = int(rng.integers(4, 20)) * 2
+    rope = RopeSpec(RopeKind.DEFAULT, 100.0, 2 * int(rng.integers(1, head_dim // 2 + 1)))
+    n_kv_heads = int(rng.integers(1, 4))
+    return LayerSpec(
+        n_heads=n_kv_heads * int(rng.integers(1, 4)),
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        d_ff=int(rng.integers(20, 150)),
+        qkv_bias=flip(),
+        o_bias=flip(),
+        mlp_bias=flip(),
+        norm_eps=1e-5,
+        activation=Activation.SILU if flip() else Activation.GELU_TANH,
+        attention_scale=float(head_dim**-0.5 * rng.uniform(0.5, 2)),
+        rope=rope if rng.random() < 0.7 else None,
+        pre_norm=rng.random() < 0.7,
+        post_norm=flip(),
+        qk_norm=(None, QkNorm.HEAD, QkNorm.WIDTH)[int(rng.integers(3))],
+        window=int(rng.integers(1, 300)) if flip() else None,
+        score_softcap=float(rng.uniform(0.5, 5)) if flip() else None,
+        residual_multiplier=float(rng.uniform(0.2, 1.5)) if flip() else 1.0,
+    )
+
+
+def random_spec(seed: int) -> ModelSpec:
+    """Every layer differs from the next, more than in any family."""
+    rng = np.random.default_rng(seed)
+    return ModelSpec(
+        d_model=D_MODEL,
+        vocab_size=VOCAB,
+        max_positions=1024,
+        layers=tuple(random_layer(rng) for _ in range(3)),
+        final_norm_eps=1e-5,
+        tied=bool(seed % 2),
+        bos_id=None,
+        eos_ids=(),
+        embed_multiplier=float(rng.uniform(0.5, 3)),
+        logits_multiplier=float(rng.uniform(0.5, 3)),
+        logits_softcap=float(rng.uniform(3, 20)) if seed % 3 else None,
+    )
+
+
+def shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(role, shape) of every tensor of a model."""
+    yield from (("embed", (spec.vocab_size, spec.d_model)), ("final_norm", (spec.d_model,)))
+    if not spec.tied:
+        yield "lm_head", (spec.vocab_size, spec.d_model)
+    for i, la in enumerate(spec.layers):
+        d, heads = spec.d_model, la.qk_norm is QkNorm.WIDTH
+        found: dict[str, tuple[tuple[int, ...], bool]] = {
+            **{name: ((la.q_width, d), True) for name in ("q",)},
+            **{name: ((la.kv_width, d), True) for name in ("k", "v")},
+            "o": ((d, la.q_width), True),
+            **{name: ((la.d_ff, d), True) for name in ("gate", "up")},
+            "down": ((d, la.d_ff), True),
+            "q_bias": ((la.q_width,), la.qkv_bias),
+            **{name: ((la.kv_width,), la.qkv_bias) for name in ("k_bias", "v_bias")},
+            "o_bias": ((d,), la.o_bias),
+            **{name: ((la.d_ff,), la.mlp_bias) for name in ("gate_bias", "up_bias")},
+            "down_bias": ((d,), la.mlp_bias),
+            **{name: ((d,), la.pre_norm) for name in ("attn_norm", "ffn_norm")},
+            **{name: ((d,), la.post_norm) for name in ("attn_post_norm", "ffn_post_norm")},
+            "q_norm": ((la.q_width if heads else la.head_dim,), la.qk_norm is not None),
+            "k_norm": ((la.kv_width if heads else la.head_dim,), la.qk_norm is not None),
+        }
+        yield from ((f"layers.{i}.{name}", shape) for name, (shape, there) in found.items() if there)
+
+
+def random_tensors(spec: ModelSpec, seed: int, fmt: Format = F32) -> dict[str, Tensor]:
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for role, shape in shapes(spec):
+        values = rng.standard_normal(shape, np.float32) * np.float32(0.2)
+        values = values + np.float32(1) if role.endswith("norm") else values
+        tensors[role] = Tensor(role, fmt, from_f32(values, fmt))
+    return tensors
+
+
+def cpu(spec: ModelSpec, tensors: dict[str, Tensor], n_workers: int = 2, **target: Any) -> CpuKernel:
+    chosen = {"weight_format": F32, "kv_format": F32, "rows": 64, "streams": 1, "ctx": 640} | target
+    return CpuKernel(check(build(spec, Target(n_workers, **chosen))), tensors)
+
+
+def reference(spec: ModelSpec, tensors: dict[str, Tensor], **target: Any) -> ReferenceKernel:
+    chosen = {"weight_format": F32, "kv_format": F32, "rows": 64, "streams": 1, "ctx": 640} | target
+    return ReferenceKernel(check(build(spec, Target(3, **chosen))), tensors, seed=7)
+
+
+def some_ids(seed: int, n: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, n).tolist()
+
+
+@pytest.mark.parametrize("seed", range(N_SHAPES))
+def test_cpu_equals_reference(seed: int) -> None:
+    spec = random_spec(seed)
+    tensors, ids = random_tensors(spec, seed), some_ids(seed, 40)
+    with_reference = prompt_logits(reference(spec, tensors), ids)
+    kernel = cpu(spec, tensors, 1 + seed % 4)
+    try:
+        assert relative_error(prompt_logits(kernel, ids), with_reference) <= 1e-4
+    finally:
+        kernel.close()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_long_prompts_cross_chunks_and_windows(seed: int) -> None:
+    """560 positions: three key chunks; windows begin in the middle of some and hide others."""
+    spec = random_spec(100 + seed)
+    tensors, ids = random_tensors(spec, seed), some_ids(seed, 560)
+    expected = prefill(reference(spec, tensors), ids, chunk=64)
+    kernel = cpu(spec, tensors, 3)
+    try:
+        assert relative_error(prefill(kernel, ids, chunk=64), expected) <= 1e-4
+    finally:
+        kernel.close()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", None])
+@pytest.mark.parametrize("seed", range(6))
+def test_same_bits(seed: int, isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the chunks, the threads, and the other slots."""
+    if isa is not None:
+        monkeypatch.setenv("FLASHFORMER_ISA", isa)
+    spec = random_spec(200 + seed)
+    tensors, ids = random_tensors(spec, seed), some_ids(seed, 300)
+    found: list[bytes] = []
+    for n_workers, chunk in ((1, 64), (2, 7), (3, 1), (4, 64)):
+        kernel = cpu(spec, tensors, n_workers, streams=2)
+        try:
+            other = some_ids(seed + 1, 5)
+            if n_workers == 4:  # another stream in the same forwards, the slots the other way round
+                found.append(_beside(kernel, ids, other))
+            else:
+                found.append(prefill(kernel, ids, chunk=chunk, slot=n_workers % 2).tobytes())
+        finally:
+            kernel.close()
+    assert len(set(found)) == 1
+
+
+def _beside(kernel: CpuKernel, ids: list[int], other: list[int]) -> bytes:
+    for begin in range(0, len(ids), 50):
+        part = ids[begin : begin + 50]
+        put(kernel, 0, other, pos=begin, slot=1, want=Want.NOTHING)
+        put(kernel, len(other), part, pos=begin, slot=0, want=Want.NOTHING)
+        kernel.rows.want[len(other) + len(part) - 1] = Want.LOGITS
+        kernel.forward(len(other) + len(part))
+    result: NDArray[np.float32] = kernel.logits[0]
+    return result.tobytes()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", None])
+@pytest.mark.parametrize("weights", [BF16, F16])
+@pytest.mark.parametrize("kv", [F32, BF16, F16])
+def test_16_bit_formats(weights: Format, kv: Format, isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's products in 16-bit weights equal those of the reference, rounding included."""
+    if isa is not None:
+        monkeypatch.setenv("FLASHFORMER_ISA", isa)
+    spec = random_spec(1)
+    tensors, ids = random_tensors(spec, 1, weights), some_ids(1, 40)
+    target = {"weight_format": weights, "kv_format": kv, "exact": True}
+    expected = prompt_logits(reference(spec, tensors, **target), ids)
+    kernel = cpu(spec, tensors, **target)
+    try:
+        assert relative_error(prompt_logits(kernel, ids), expected) <= (1e-4 if kv is F32 else 5e-3)
+        assert len(greedy(kernel, ids, 8)) == 8
+    finally:
+        kernel.close()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", None])
+def test_every_f16_is_read_and_written_right(isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All finite values, subnormal ones too, as a head; and float32 between them, rounded to f16 as numpy does.
+
+    The layer adds nothing, so the logits of token c are column c of the head times one factor.
+    """
+    if isa is not None:
+        monkeypatch.setenv("FLASHFORMER_ISA", isa)
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    values = np.sort(halves[np.isfinite(halves)].astype(np.float32))
+    between = values[:-1] / 2 + values[1:] / 2
+    wide = np.concatenate([values, between, np.nextafter(between, np.float32(np.inf))])
+    places = (np.arange(len(wide)), np.arange(len(wide)) % D_MODEL % 16)  # every place of a packed vector
+    layer = LayerSpec(1, 1, 4, 16, False, False, False, 1e-5, Activation.SILU, 0.5, None)
+    spec = ModelSpec(D_MODEL, len(wide), 64, (layer,), 1e-5, False, None, ())
+    tensors = random_tensors(spec, 0)
+    for role in ("layers.0.o", "layers.0.down", "embed"):
+        tensors[role].data[:] = 0
+    tensors["embed"].data[:16, :16] = np.eye(16)
+    tensors["final_norm"].data[:] = 1
+    tensors["lm_head"].data[:] = 0
+    tensors["lm_head"].data[places] = wide
+    kernel = cpu(spec, tensors, weight_format=F16, ctx=64)
+    try:
+        found = prompt_logits(kernel, list(range(16))).sum(axis=0)
+    finally:
+        kernel.close()
+    factor = 1 / np.sqrt(1 / D_MODEL + 1e-5)
+    np.testing.assert_allclose(found, wide.astype(np.float16).astype(np.float64) * factor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("role", ["embed", "layers.0.q", "layers.0.v", "layers.1.o", "layers.2.down", "layers.2.gate"])
+@pytest.mark.parametrize("seed", range(8))
+def test_overflow_is_an_error(seed: int, role: str) -> None:
+    """Norms of branches and of heads, soft caps and exp must not hide what is not finite."""
+    spec = random_spec(300 + seed)
+    tensors = random_tensors(spec, seed)
+    tensors[role] = Tensor(role, F32, tensors[role].data * np.float32(3e38))
+    assert not np.isnan(tensors[role].data).any()
+    tensors[role].data[np.isinf(tensors[role].data)] = np.float32(3e38)
+    kernel = cpu(spec, tensors)
+    try:
+        with pytest.raises(NumericalError):
+            prompt_logits(kernel, some_ids(seed, 8))
+    finally:
+        kernel.close()
