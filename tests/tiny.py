@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from flashformer.backends.base import Kernel, Want
 from flashformer.checkpoint import Tensor
-from flashformer.formats import BF16, F32
+from flashformer.formats import BF16, F16, F32
 from flashformer.model import ModelSpec, bind, read_family, read_spec
 
 BASE: dict[str, Any] = {
@@ -34,11 +35,19 @@ BASE: dict[str, Any] = {
 }
 
 
+_ROUND = {
+    "f32": lambda values: values,
+    "bf16": lambda values: values.bfloat16().float(),
+    "f16": lambda values: values.half().float(),
+}
+
+
 @dataclass(frozen=True)
 class Tiny:
-    """`oracle` computes in float32 with the weights in `tensors`."""
+    """`oracle` computes in float32 with the weights in `tensors`, by its own eager attention."""
 
-    oracle: Any  # LlamaForCausalLM
+    oracle: Any  # transformers' model
+    config: Mapping[str, Any]  # config.json
     spec: ModelSpec
     tensors: Mapping[str, Tensor]  # by role
 
@@ -48,33 +57,86 @@ class Tiny:
             result: NDArray[np.float32] = self.oracle(torch.tensor([ids])).logits[0].float().numpy()
         return result
 
+    def greedy(self, ids: list[int], n: int) -> list[int]:
+        """`n` tokens after a prompt, of transformers."""
+        return greedy(self.oracle, ids, n)
 
-def tiny(seed: int, *, stored: str = "f32", scale: float = 0.05, **overrides: Any) -> Tiny:
-    """Every parameter is random: weights N(0, scale), biases N(0, 0.2), norms 1 + N(0, 0.2)."""
+
+def greedy(oracle: Any, ids: list[int], n: int) -> list[int]:
+    """`n` tokens after a prompt, of a model of transformers."""
+    tokens, past = torch.tensor([ids]), None
+    result: list[int] = []
+    with torch.no_grad():
+        for _ in range(n):
+            out = oracle(tokens, past_key_values=past, use_cache=True)
+            past, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            result.append(int(tokens))
+    return result
+
+
+def tiny(seed: int, *, stored: str = "f32", **options: Any) -> Tiny:
+    """`stored` is the format of the checkpoint; everything else goes to `random_oracle`."""
+    oracle = random_oracle(seed, stored=stored, **options)
+    config = json.loads(oracle.config.to_json_string(use_diff=False))
+    spec = read_spec(config)
+    state = {k: v for k, v in oracle.state_dict().items() if not (spec.tied and k == "lm_head.weight")}
+    tensors = {k: _stored(k, v, stored) for k, v in state.items()}
+    return Tiny(oracle, config, spec, bind(read_family(config), spec, tensors))
+
+
+def random_oracle(
+    seed: int,
+    *,
+    architecture: str = "LlamaForCausalLM",
+    stored: str = "f32",
+    scale: float = 0.05,
+    embed_gain: float = 1.0,
+    ctx: int | None = None,
+    **overrides: Any,
+) -> Any:
+    """A model of transformers in which every parameter is random: weights N(0, scale), the embedding's times
+    embed_gain, biases N(0, 0.2), norms their initial value + N(0, 0.2), all rounded to `stored`.
+
+    `overrides` go over BASE into the config; head_dim = None leaves it out. With `ctx` the model rotates as for a
+    sequence of that many tokens, however long its input.
+    """
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(seed)
-    config = LlamaConfig(**(BASE | overrides), architectures=["LlamaForCausalLM"])
+    model_class = getattr(transformers, architecture)
+    keys = deepcopy({k: v for k, v in (BASE | overrides).items() if (k, v) != ("head_dim", None)})
+    config = model_class.config_class(**keys, architectures=[architecture])
     config._attn_implementation = "eager"
-    oracle = LlamaForCausalLM(config).float().eval()
+    oracle = model_class(config).float().eval()
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("bias"):
-                parameter.copy_(noise * 0.2)
+                noise *= 0.2
+            elif "norm" in name:
+                noise = parameter + noise * 0.2
             else:
-                parameter.copy_(1 + noise * 0.2 if "norm" in name else noise * scale)
-            if stored == "bf16":
-                parameter.copy_(parameter.bfloat16().float())
-    read = json.loads(config.to_json_string(use_diff=False))
-    spec = read_spec(read)
-    state = {k: v for k, v in oracle.state_dict().items() if not (spec.tied and k == "lm_head.weight")}
-    return Tiny(oracle, spec, bind(read_family(read), spec, {k: _stored(k, v, stored) for k, v in state.items()}))
+                noise *= scale * (embed_gain if "embed_tokens" in name else 1)
+            parameter.copy_(_ROUND[stored](noise))
+    if ctx is not None:
+        _fix_frequencies(oracle.model.rotary_emb, ctx)
+    return oracle
+
+
+def _fix_frequencies(rotary: Any, ctx: int) -> None:
+    """Frequencies that follow the length (dynamic, longrope) become those of a sequence of `ctx` tokens for good.
+
+    One call at the last position chooses them; a rotation that calls itself default never chooses again.
+    """
+    last, layered = torch.tensor([[ctx - 1]]), isinstance(rotary.rope_type, dict)
+    for layer_type in list(rotary.rope_type) if layered else [None]:
+        rotary(torch.zeros(1), last, *([layer_type] if layered else []))
+    rotary.rope_type = dict.fromkeys(rotary.rope_type, "default") if layered else "default"
 
 
 def _stored(name: str, values: torch.Tensor, stored: str) -> Tensor:
     if stored == "bf16":
         return Tensor(name, BF16, values.bfloat16().view(torch.int16).numpy().view(np.uint16))
-    return Tensor(name, F32, values.numpy())
+    return Tensor(name, F32, values.numpy()) if stored == "f32" else Tensor(name, F16, values.half().numpy())
 
 
 def forward(

@@ -26,7 +26,6 @@ NAMES = [
     "qwen3-0.6b",
     "smollm2-135m",
 ]
-RUNS = ["llama-3.1-8b", "llama-3.2-1b", "mistral-7b-v0.3", "qwen2.5-0.5b", "smollm2-135m"]
 
 
 def meta_model(config: dict[str, Any]) -> Any:
@@ -49,7 +48,7 @@ def test_names() -> None:
         load_model("shape:../shapes/smollm2-135m")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_random_model_has_the_shape_of_the_real_one(name: str) -> None:
     tracemalloc.start()
     try:
@@ -102,10 +101,6 @@ def test_folder_loads_strictly_in_transformers(tmp_path: Path, name: str) -> Non
     assert ids[0] == theirs.config.bos_token_id == tokenizer.bos_token_id
     assert tokenizer.decode(ids, skip_special_tokens=True) == "héllo"
     assert max(tokenizer.get_vocab().values()) < 300
-    if name not in RUNS:
-        with pytest.raises(LoadError, match=f"{theirs.config.architectures[0]}.*not supported"):
-            load_model(tmp_path)
-        return
     ours = load_model(str(tmp_path))
     assert ours.stored_format is BF16
     assert ours.tokenizer is not None

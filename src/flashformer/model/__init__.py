@@ -4,7 +4,7 @@ from .config import read_family, read_spec
 from .load import Model, load_model, random_model
 from .random import shape_config, shape_names
 from .rope import rope_table
-from .spec import Activation, LayerSpec, ModelSpec, RopeKind, RopeSpec
+from .spec import Activation, LayerSpec, ModelSpec, QkNorm, RopeKind, RopeSpec
 from .tensors import bind
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "LayerSpec",
     "Model",
     "ModelSpec",
+    "QkNorm",
     "RopeKind",
     "RopeSpec",
     "bind",

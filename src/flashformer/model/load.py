@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Tensor, Tokenizer, open_checkpoint
+from ..checkpoint.files import naming
 from ..errors import LoadError
 from ..formats import BF16, F32, Format
 from .config import read_family, read_spec
@@ -21,8 +22,9 @@ class Model:
     """A model before any format or machine is chosen.
 
     `weights`: role -> tensor, matrices (n_out, k); roles are `embed`, `final_norm`, `lm_head` (absent if tied) and
-    `layers.{i}.` + `attn_norm q k v o ffn_norm gate up down`, with `q_bias k_bias v_bias o_bias gate_bias up_bias
-    down_bias` where the spec has them. `stored_format`: the widest of the matrices' formats.
+    `layers.{i}.` + `q k v o gate up down`, with `attn_norm ffn_norm` (pre_norm), `attn_post_norm ffn_post_norm`
+    (post_norm), `q_norm k_norm` (qk_norm), `q_bias k_bias v_bias o_bias gate_bias up_bias down_bias` where the spec
+    has them. `stored_format`: the one that holds the values of all matrices.
     """
 
     name: str
@@ -43,22 +45,19 @@ class Model:
 
 
 def load_model(model: str | Path, *, revision: str | None = None, offline: bool = False) -> Model:
-    """`demo`, a folder, a hub id or `shape:NAME` -> Model; weights are mapped, not read. Raises LoadError."""
+    """`demo`, a folder, a hub id or `shape:NAME` -> Model; weights are opened, not read. Raises LoadError."""
     if isinstance(model, str) and model.startswith(PREFIX):
         return random_model(model, shape_config(model.removeprefix(PREFIX)))
     checkpoint = open_checkpoint(model, revision=revision, offline=offline)
-    try:
+    with naming(checkpoint.path):
         family = read_family(checkpoint.config)
         spec = read_spec(checkpoint.config, checkpoint.generation_config)
-        weights = bind(family, spec, checkpoint.tensors)
-    except LoadError as e:
-        raise LoadError(f"{checkpoint.path}: {e}") from e
+    tensors = checkpoint.tensors  # of a hub id, downloaded now that the model is known to be supported
+    with naming(checkpoint.path):
+        weights = bind(family, spec, tensors)
     tokenizer = checkpoint.tokenizer
-    if tokenizer.vocab_size > spec.vocab_size:
-        raise LoadError(
-            f"{checkpoint.path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only "
-            f"vocab_size = {spec.vocab_size} embeddings; they must come from the same download"
-        )
+    with naming(checkpoint.path):
+        require_vocabulary(tokenizer, spec)
     return Model(
         name=checkpoint.name,
         spec=as_stored(spec, weights),
@@ -69,26 +68,39 @@ def load_model(model: str | Path, *, revision: str | None = None, offline: bool 
     )
 
 
+def require_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> None:
+    """Raises LoadError if the tokenizer has ids that the model has no embeddings for."""
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise LoadError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only "
+            f"vocab_size = {spec.vocab_size} embeddings; they must come from the same download"
+        )
+
+
 def as_stored(spec: ModelSpec, weights: Mapping[str, Tensor]) -> ModelSpec:
     """Tied is what the tensors say: a head of its own wins over the config, as in transformers."""
     return replace(spec, tied="lm_head" not in weights)
 
 
 def stored_format(weights: Mapping[str, Tensor]) -> Format:
-    """The widest of the matrices' formats."""
-    return F32 if any(t.format is F32 and t.data.ndim == 2 for t in weights.values()) else BF16
+    """The format of the matrices; where they differ F32, which holds the values of all."""
+    formats = {tensor.format for tensor in weights.values() if len(tensor.shape) == 2}
+    return formats.pop() if len(formats) == 1 else F32
 
 
 def random_model(name: str, config: Mapping[str, Any]) -> Model:
-    """A model of the given config.json with the same random bf16 weights every time. Raises LoadError."""
+    """A model of the given config.json: norms are ones, all else bf16 and random, the same every time.
+
+    Raises LoadError.
+    """
     family, spec = read_family(config), read_spec(config)
-    due = [(role, shape) for role, _, shape, _ in expected(family, spec) if not (spec.tied and role == "lm_head")]
-    windows = RandomWindows(shape for _, shape in due)
+    dues = [due for due in expected(family, spec) if not (spec.tied and due.role == "lm_head")]
+    windows = RandomWindows(due.shape for due in dues)
     return Model(
         name=name,
         spec=spec,
         stored_format=BF16,
-        weights={r: ones(r, s) if r.endswith("norm") else windows.make(r, s) for r, s in due},
+        weights={due.role: (ones if due.is_norm else windows.make)(due.role, due.shape) for due in dues},
         tokenizer=None,
         generation_config={},
     )

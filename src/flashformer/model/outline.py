@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..checkpoint.files import member, read_json, shown
+from ..checkpoint.files import member, naming, read_json, shown
 from ..checkpoint.folder import has_tensors, open_tensors
 from ..checkpoint.resolve import resolve
 from ..errors import LoadError
-from ..formats import BF16, F32, Format
+from ..formats import BF16, FORMATS, Format
 from .config import read_family, read_spec
 from .load import as_stored, stored_format
 from .random import PREFIX, shape_config
 from .spec import ModelSpec
 from .tensors import bind
 
-_DTYPES = {"bfloat16": BF16, "float32": F32}
+_BY_CONFIG = {f.config: f for f in FORMATS.values()}
 CONFIGS = ("config.json", "generation_config.json")
 
 
@@ -27,26 +29,33 @@ class Outline:
     name: str
     spec: ModelSpec
     stored_format: Format
+    generation_config: Mapping[str, Any]
 
 
 def read_outline(model: str | Path, *, revision: str | None = None, offline: bool = False) -> Outline:
     """`demo`, a folder, a hub id (only its configuration is downloaded) or `shape:NAME`. Raises LoadError."""
     if isinstance(model, str) and model.startswith(PREFIX):
-        return Outline(model, read_spec(shape_config(model.removeprefix(PREFIX))), BF16)
+        return Outline(model, read_spec(shape_config(model.removeprefix(PREFIX))), BF16, {})
     folder = resolve(model, revision=revision, offline=offline, files=CONFIGS)
     config_path, generation_path = (member(folder, name) for name in CONFIGS)
     if config_path is None:
         raise LoadError(f"{folder}: config.json is missing; expected a Hugging Face model folder")
     config = read_json(config_path)
-    try:
-        family = read_family(config)
-        spec = read_spec(config, read_json(generation_path) if generation_path else {})
-        weights = bind(family, spec, open_tensors(folder)) if has_tensors(folder) else None
-    except LoadError as e:
-        raise LoadError(f"{folder}: {e}") from e
+    generation_config = read_json(generation_path) if generation_path else {}
+    with naming(folder):
+        family, spec = read_family(config), read_spec(config, generation_config)
+    tensors = open_tensors(folder) if has_tensors(folder) else None
+    with naming(folder):
+        weights = None if tensors is None else bind(family, spec, tensors)
     if weights is not None:
-        return Outline(str(model), as_stored(spec, weights), stored_format(weights))
+        return Outline(str(model), as_stored(spec, weights), stored_format(weights), generation_config)
+    with naming(folder):
+        return Outline(str(model), spec, stated_format(config), generation_config)
+
+
+def stated_format(config: Mapping[str, Any]) -> Format:
+    """The format of the weights that config.json states. Raises LoadError."""
     stated = config.get("dtype", config.get("torch_dtype"))
-    if stated not in _DTYPES:
-        raise LoadError(f"{config_path}: dtype = {shown(stated)}: expected one of {', '.join(_DTYPES)}")
-    return Outline(str(model), spec, _DTYPES[stated])
+    if not isinstance(stated, str) or stated not in _BY_CONFIG:
+        raise LoadError(f"config.json: dtype = {shown(stated)}: expected one of {', '.join(_BY_CONFIG)}")
+    return _BY_CONFIG[stated]

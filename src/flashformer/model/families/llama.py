@@ -1,15 +1,17 @@
-"""Llama 1 to 3.2 and what is saved as such (SmolLM2, TinyLlama, ...)."""
+"""The plain decoder, and what is saved as such."""
 
 from ..family import Family
-from . import common
+from . import keys, names
 
 FAMILY = Family(
+    name="Llama",
     architecture="LlamaForCausalLM",
     model_type="llama",
-    tensors=common.TENSORS,
-    ignored_tensors=common.IGNORED_TENSORS,
-    switches={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias"},
-    defaults={"num_key_value_heads": None},
-    plain=common.PLAIN,
-    ignored=common.IGNORED,
+    checkpoints="Llama 1, 2, 3 to 3.3, SmolLM and SmolLM2, TinyLlama, Yi, DeepSeek-R1-Distill-Llama",
+    special="optional biases; rope scaled for long contexts",
+    tensors=names.TENSORS,
+    defaults={**keys.DEFAULTS, "attention_bias": False, "mlp_bias": False},
+    plain={**keys.PLAIN, **keys.NO_WINDOW},
+    ignored=keys.IGNORED,
+    switches=keys.ALL_BIASES,
 )

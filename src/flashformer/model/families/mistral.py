@@ -1,15 +1,32 @@
-"""Mistral without a sliding window (7B from v0.2 on)."""
+"""Mistral: one sliding window in all layers, or none (7B from v0.2 on)."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from ..family import Family
-from . import common
+from . import keys, names
+
+
+def slides(values: Mapping[str, Any], layer: int) -> bool:
+    return values["sliding_window"] is not None
+
 
 FAMILY = Family(
+    name="Mistral",
     architecture="MistralForCausalLM",
     model_type="mistral",
-    tensors=common.TENSORS,
-    ignored_tensors=common.IGNORED_TENSORS,
-    switches={"qkv_bias": False, "o_bias": False, "mlp_bias": False},
-    defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-    plain={**common.PLAIN, "attention_bias": (False, None), "mlp_bias": (False, None)},
-    ignored=common.IGNORED,
+    checkpoints="Mistral 7B v0.1 to v0.3, Mistral Nemo, Zephyr 7B",
+    special="a sliding window in all layers (v0.1)",
+    tensors=names.TENSORS,
+    defaults={
+        **keys.DEFAULTS,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    plain={**keys.PLAIN, **keys.NO_BIAS_KEYS, "use_sliding_window": (None,)},
+    ignored=keys.IGNORED,
+    switches=keys.NO_BIAS,
+    slides=slides,
 )

@@ -1,36 +1,28 @@
-"""What the families share: the tensors of a pre-norm decoder and the keys that every saved config carries."""
+"""What the families share of config.json: defaults, plain values, and keys that are ignored for a reason."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..family import TensorRule
+NO_BIAS: dict[str, str | bool] = {"qkv_bias": False, "o_bias": False, "mlp_bias": False}
+ATTENTION_BIAS: dict[str, str | bool] = {**NO_BIAS, "qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+ALL_BIASES: dict[str, str | bool] = {**ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
 
-_LAYER = "model.layers.{i}."
-
-TENSORS = (
-    TensorRule("embed", "model.embed_tokens.weight", ("vocab_size", "d_model")),
-    TensorRule("layers.{i}.attn_norm", _LAYER + "input_layernorm.weight", ("d_model",)),
-    TensorRule("layers.{i}.q", _LAYER + "self_attn.q_proj.weight", ("q_width", "d_model")),
-    TensorRule("layers.{i}.k", _LAYER + "self_attn.k_proj.weight", ("kv_width", "d_model")),
-    TensorRule("layers.{i}.v", _LAYER + "self_attn.v_proj.weight", ("kv_width", "d_model")),
-    TensorRule("layers.{i}.o", _LAYER + "self_attn.o_proj.weight", ("d_model", "q_width")),
-    TensorRule("layers.{i}.q_bias", _LAYER + "self_attn.q_proj.bias", ("q_width",), "qkv_bias"),
-    TensorRule("layers.{i}.k_bias", _LAYER + "self_attn.k_proj.bias", ("kv_width",), "qkv_bias"),
-    TensorRule("layers.{i}.v_bias", _LAYER + "self_attn.v_proj.bias", ("kv_width",), "qkv_bias"),
-    TensorRule("layers.{i}.o_bias", _LAYER + "self_attn.o_proj.bias", ("d_model",), "o_bias"),
-    TensorRule("layers.{i}.ffn_norm", _LAYER + "post_attention_layernorm.weight", ("d_model",)),
-    TensorRule("layers.{i}.gate", _LAYER + "mlp.gate_proj.weight", ("d_ff", "d_model")),
-    TensorRule("layers.{i}.up", _LAYER + "mlp.up_proj.weight", ("d_ff", "d_model")),
-    TensorRule("layers.{i}.down", _LAYER + "mlp.down_proj.weight", ("d_model", "d_ff")),
-    TensorRule("layers.{i}.gate_bias", _LAYER + "mlp.gate_proj.bias", ("d_ff",), "mlp_bias"),
-    TensorRule("layers.{i}.up_bias", _LAYER + "mlp.up_proj.bias", ("d_ff",), "mlp_bias"),
-    TensorRule("layers.{i}.down_bias", _LAYER + "mlp.down_proj.bias", ("d_model",), "mlp_bias"),
-    TensorRule("final_norm", "model.norm.weight", ("d_model",)),
-    TensorRule("lm_head", "lm_head.weight", ("vocab_size", "d_model")),
-)
-
-IGNORED_TENSORS = ("*.rotary_emb.inv_freq",)  # follows from the config
+# Of the config classes of transformers, where a family does not say otherwise.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 PLAIN: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
@@ -43,11 +35,12 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "chunk_size_feed_forward": (0,),
     "pruned_heads": ({},),
     "tie_encoder_decoder": (False,),
-    "use_sliding_window": (False, None),
-    "sliding_window": (None,),
+    "per_layer_config": (None,),
 }
+NO_WINDOW: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False, None), "sliding_window": (None,)}
+NO_BIAS_KEYS: dict[str, tuple[Any, ...]] = {"attention_bias": (False, None), "mlp_bias": (False, None)}
 
-_TRAINING = "acts in training only"
+TRAINING = "acts in training only"
 _FORMAT = "weights keep the format in which they are stored"
 _OUTPUTS = "chooses what transformers returns, not what it computes"
 _GENERATION = "transformers reads it from generation_config.json only"
@@ -59,10 +52,11 @@ IGNORED: dict[str, str] = {
     "torch_dtype": _FORMAT,
     "dtype": _FORMAT,
     "use_bfloat16": _FORMAT,
-    "initializer_range": _TRAINING,
-    "attention_dropout": _TRAINING,
+    "initializer_range": TRAINING,
+    "attention_dropout": TRAINING,
     "output_attentions": _OUTPUTS,
     "output_hidden_states": _OUTPUTS,
+    "tie_last_hidden_states": _OUTPUTS,
     "return_dict": _OUTPUTS,
     "torchscript": _OUTPUTS,
     "use_cache": "the KV cache is always used; results are the same",
@@ -99,7 +93,7 @@ IGNORED: dict[str, str] = {
             *("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
             *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate"),
             *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
-            *("begin_suppress_tokens", "exponential_decay_length_penalty"),
+            *("begin_suppress_tokens", "exponential_decay_length_penalty", "cache_implementation"),
         ),
         _GENERATION,
     ),
