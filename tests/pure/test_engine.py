@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import folders
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM
 import flashformer as ff
 from flashformer.backends.cpu import topology
 from flashformer.engine import Options, plan_model
-from flashformer.engine.request import LIMITS, defaults
+from flashformer.engine.request import LIMITS, Defaults, defaults
 from flashformer.engine.stats import make_timing, percentile, stats_line
 
 CTX = folders.CONFIG["max_position_embeddings"]
@@ -129,9 +130,20 @@ def test_temperature_defaults_come_from_the_generation_config_only_if_it_samples
     assert (sampling.temperature, sampling.unused) == (0.7, ("top_p=0.9",))
     with pytest.raises(ff.LoadError, match="temperature='hot'"):
         defaults({"do_sample": True, "temperature": "hot"})
-    llm = load(model_folder(tmp_path / "m", generation={"do_sample": True, "temperature": 2.0, "top_p": 0.9}))
+    qwen = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    assert defaults(qwen).unused == ("top_p=0.8", "top_k=20", "repetition_penalty=1.05")
+    assert defaults(qwen | {"do_sample": False}) == Defaults(0.0, ("repetition_penalty=1.05",))
+    greedy = {"num_beams": 4, "no_repeat_ngram_size": 3, "suppress_tokens": [1] * 99, "forced_eos_token_id": 2}
+    said = defaults(greedy | {"a_new_key": True}).unused
+    assert [text.split("=")[0] for text in said] == [*greedy, "a_new_key"]
+    assert all(len(text) <= 80 for text in said)
+    neutral = {"repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None, "suppress_tokens": [], "min_length": 0}
+    usual = {"bos_token_id": 1, "eos_token_id": [2, 3], "transformers_version": "5", "_from_model_config": True}
+    assert defaults(neutral | usual | {"max_length": 4096, "top_p": 0.5}) == Defaults(0.0, ())
+    assert defaults({}).warning is None
+    assert "repetition_penalty=1.05: not applied" in str(defaults(qwen).warning)
     with pytest.warns(UserWarning, match=r"top_p=0\.9"):
-        llm.generate(PROMPT, max_tokens=1)
+        load(model_folder(tmp_path / "m", generation={"do_sample": True, "temperature": 2.0, "top_p": 0.9})).close()
     with load(model_folder(tmp_path / "m", generation={"do_sample": True, "temperature": 2.0})) as llm:
         sampled = llm.generate(PROMPT, max_tokens=12, seed=1)
         assert sampled.token_ids == llm.generate(PROMPT, max_tokens=12, seed=1, temperature=2.0).token_ids
@@ -212,10 +224,10 @@ def test_empty_text_is_bos_or_an_error(llm: ff.LLM, tmp_path: Path) -> None:
     assert llm.generate("", max_tokens=2).prompt_token_ids == [BOS]
     with load(model_folder(tmp_path / "bos", add_bos=False)) as no_rule:
         assert no_rule.generate("", max_tokens=2).prompt_token_ids == [BOS]
-    with (
-        load(model_folder(tmp_path / "none", add_bos=False, bos_token_id=None)) as no_bos,
-        pytest.raises(ff.RequestError, match="BOS"),
-    ):
+    none = model_folder(tmp_path / "none", add_bos=False)
+    config = json.loads((none / "config.json").read_text())
+    (none / "config.json").write_text(json.dumps(config | {"bos_token_id": None}))
+    with load(none) as no_bos, pytest.raises(ff.RequestError, match="BOS"):
         no_bos.generate("")
 
 
@@ -226,7 +238,7 @@ BAD_OPTIONS = [
     {"streams": 17},
     {"threads": 0},
     {"prompt_chunk": 0},
-    {"dtype": "f16"},
+    {"dtype": "f64"},
     {"kv_dtype": "int8"},
     {"exact": 1},
     {"ctx": 1.5},
@@ -288,11 +300,12 @@ def test_plan_counts_the_bytes_that_config_implies() -> None:
 
 
 def test_formats_follow_their_defaults(folder: Path) -> None:
-    kinds = {dtype: plan_model(str(folder), Options(dtype=dtype)) for dtype in ("auto", "f32", "bf16")}
+    kinds = {dtype: plan_model(str(folder), Options(dtype=dtype)) for dtype in ("auto", "f32", "bf16", "f16")}
     assert {k: (p.dtype, p.kv_dtype) for k, p in kinds.items()} == {
         "auto": ("f32", "f32"),
         "f32": ("f32", "f32"),
         "bf16": ("bf16", "bf16"),
+        "f16": ("f16", "bf16"),
     }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,15 @@ def refuse_impostor(path: Path, beginning: bytes) -> None:
             raise LoadError(f"{path}: this is {meaning}")
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts `path` in front of the LoadErrors of what does not know where its input came from."""
+    try:
+        yield
+    except LoadError as e:
+        raise LoadError(f"{path}: {e}") from e
+
+
 def member(folder: Path, name: str) -> Path | None:
     """The regular file `name` of a model folder, or None where there is none.
 
@@ -58,6 +69,11 @@ def member(folder: Path, name: str) -> Path | None:
     if not real.is_file():
         raise LoadError(f"{path}: expected a regular file")
     return path
+
+
+def in_hub_cache(folder: Path) -> bool:
+    """Whether the folder is a snapshot in the Hugging Face cache."""
+    return bool(_cache_blobs(folder.resolve()))
 
 
 def _cache_blobs(snapshot: Path) -> tuple[Path, ...]:

@@ -1,7 +1,8 @@
-"""A model folder: configuration, mapped tensors from one file or from shards, tokenizer."""
+"""A model folder: configuration, tensors from one file or from shards, tokenizer."""
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,24 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoadError
-from .files import member, read_json, shown
-from .resolve import resolve
-from .safetensors import Tensor, open_safetensors
+from .convert import INDEX, SINGLE, no_weights
+from .files import in_hub_cache, member, read_json, shown
+from .resolve import SMALL_FILES, Place, locate
+from .safetensors import open_safetensors
+from .tensor import Tensor
 from .tokenizer import Tokenizer, load_tokenizer
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_UNSAFE = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf")
+MAX_NAME = 255  # characters of a file name
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config` and `generation_config` ({} where absent) as their files say; `tensors` mapped, not read."""
+    """`config` and `generation_config` ({} where absent) as their files say."""
 
     name: str
-    path: Path
+    place: Place
     config: dict[str, Any]
     generation_config: dict[str, Any]
-    tensors: Mapping[str, Tensor]
+
+    @property
+    def path(self) -> Path:
+        return self.place.folder
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Opened, of a hub id downloaded, on first use; every header is checked, no value read. Raises LoadError."""
+        if self.place.snapshot is not None:
+            self.place.snapshot.fetch((*SMALL_FILES, *_weight_files(self.place)))
+        return open_tensors(self.path)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -35,23 +47,30 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None, offline: bool = False) -> Checkpoint:
-    """`demo`, a folder or a hub id -> Checkpoint, every header checked. Raises LoadError."""
-    folder = resolve(model, revision=revision, offline=offline)
+    """`demo`, a folder or a hub id -> Checkpoint, without its weights yet. Raises LoadError."""
+    place = locate(model, revision=revision, offline=offline)
+    folder = place.folder
     config_path = member(folder, "config.json")
     if config_path is None:
         raise LoadError(f"{folder}: config.json is missing; expected a Hugging Face model folder")
     generation_path = member(folder, "generation_config.json")
     return Checkpoint(
         name=str(model),
-        path=folder,
+        place=place,
         config=read_json(config_path),
         generation_config=read_json(generation_path) if generation_path else {},
-        tensors=open_tensors(folder),
     )
 
 
 def has_tensors(folder: Path) -> bool:
-    return any(member(folder, name) is not None for name in (SINGLE, INDEX))
+    """Whether weights are at hand. In the hub cache, where they may not be downloaded yet: all of them."""
+    if member(folder, SINGLE) is not None:
+        return True
+    index = member(folder, INDEX)
+    if index is None:
+        return False
+    names = set(_weight_map(index).values())
+    return not in_hub_cache(folder) or all(member(folder, name) is not None for name in names)
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
@@ -62,23 +81,44 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     index = member(folder, INDEX)
     if index is not None:
         return _open_shards(folder, index)
-    unsafe = [name for name in _UNSAFE if member(folder, name)]
-    if unsafe:
-        raise LoadError(
-            f"{folder}: holds {', '.join(unsafe)} but no {SINGLE}; only safetensors are read, as they cannot run code. "
-            "Convert it once with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
-        )
-    raise LoadError(f"{folder}: neither {SINGLE} nor {INDEX} is there; expected a Hugging Face model folder")
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as e:
+        raise LoadError(f"{folder}: cannot be read: {e.strerror}; check its permissions") from e
+    raise LoadError(no_weights(str(folder), names, str(folder), str(folder)))
 
 
-def _open_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+def _weight_files(place: Place) -> list[str]:
+    """Shell patterns of the files with the weights: SINGLE where the repository has it, else the shards."""
+    index = member(place.folder, INDEX)
+    if index is None or (place.snapshot is not None and SINGLE in place.snapshot.sizes):
+        return [SINGLE]
+    return [SINGLE, *(glob.escape(name) for name in sorted(set(_weight_map(index).values())))]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of the file that holds it, plain names only. Raises LoadError."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise LoadError(f"{index}: weight_map: expected an object of tensor name -> file, found {shown(weight_map)}")
     names = sorted(set(weight_map.values()))
-    outside = [n for n in names if "/" in n or "\\" in n or "\0" in n or n in ("", ".", "..") or ":" in n]
+    outside = [n for n in names if not _is_plain(n)]
     if outside:
         raise LoadError(f"{index}: names files outside its folder: {shown(outside)}; expected plain file names")
+    others = [n for n in names if not n.endswith(".safetensors")]
+    if others:
+        raise LoadError(f"{index}: names {shown(others)}; expected safetensors files only, as they cannot run code")
+    return weight_map
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name can only mean a file in its folder, on any system."""
+    return name not in ("", ".", "..") and len(name) <= MAX_NAME and not set(name) & set("/\\:\0")
+
+
+def _open_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    weight_map = _weight_map(index)
+    names = sorted(set(weight_map.values()))
     paths = {n: member(folder, n) for n in names}
     missing = [n for n, path in paths.items() if path is None]
     if missing:

@@ -1,4 +1,4 @@
-"""One safetensors file: header checked entry by entry, tensors mapped, nothing copied.
+"""One safetensors file: header checked entry by entry; tensors stay in the file until they are asked for.
 
     [ u64 little-endian: header bytes n | n bytes of JSON | data ]
 
@@ -8,30 +8,18 @@ The tensors must tile the data exactly: no gap, no overlap, nothing after the la
 
 from __future__ import annotations
 
-import mmap
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import LoadError
 from ..formats import BY_SAFETENSORS, Format
 from .files import parse_json, refuse_impostor, shown
+from .tensor import Stored, StoredFile, Tensor
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """A named array as stored. `data` holds raw bits in `format.storage` with the logical shape, read-only."""
-
-    name: str
-    format: Format
-    data: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -46,26 +34,21 @@ class Entry:
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, mapped read-only, in file order. Raises LoadError for any file that is not exact."""
+    """All tensors of a file, not yet read, in file order. Raises LoadError for any file that is not exact."""
     try:
-        with path.open("rb") as file:
-            n_file = os.fstat(file.fileno()).st_size
-            prefix = file.read(64)
-            n_header = header_size(path, prefix, n_file)
-            file.seek(8)
-            header = file.read(n_header)
-            if len(header) != n_header:
-                raise LoadError(f"{path}: became shorter while it was read; is something writing it?")
-            entries = parse_header(path, header, n_file - 8 - n_header)
-            if not entries:
-                raise LoadError(f"{path}: holds no tensors; download the model again")
-            mapped = mmap.mmap(file.fileno(), n_file, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as e:
-        raise LoadError(f"{path}: cannot be read: {e}") from e
+        file = StoredFile(path)
+    except OSError as e:
+        raise LoadError(f"{path}: cannot be opened: {e.strerror}; check its permissions") from e
+    prefix = np.empty(min(64, file.n_bytes), np.uint8)
+    file.read(0, prefix)
+    n_header = header_size(path, prefix.tobytes(), file.n_bytes)
+    header = np.empty(n_header, np.uint8)
+    file.read(8, header)
     base = 8 + n_header
-    return {
-        e.name: Tensor(e.name, e.format, np.ndarray(e.shape, e.format.storage, mapped, base + e.begin)) for e in entries
-    }
+    entries = parse_header(path, header.tobytes(), file.n_bytes - base)
+    if not entries:
+        raise LoadError(f"{path}: holds no tensors; download the model again")
+    return {e.name: Tensor(e.name, e.format, Stored(file, base + e.begin, e.shape)) for e in entries}
 
 
 def header_size(path: Path, prefix: bytes, n_file: int) -> int:
@@ -130,8 +113,12 @@ def _entry(where: str, name: str, value: object) -> Entry:
         n_bytes *= d
         if n_bytes >= 2**63:
             raise LoadError(f"{where}: shape {shown(shape)} of {dtype} has more than 2^63 bytes; the file is damaged")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and o >= 0 for o in offsets):
-        raise LoadError(f"{where}: data_offsets {shown(offsets)}: expected [begin, end]")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(o) is int and 0 <= o < 2**63 for o in offsets)
+    ):
+        raise LoadError(f"{where}: data_offsets {shown(offsets)}: expected [begin, end], each from 0 to 2^63 - 1")
     begin, end = offsets
     if end - begin != n_bytes:
         raise LoadError(

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoadError, RequestError
-from .files import member, read_bytes, read_json, read_text, refuse_impostor, shown
+from .chat import ChatEncoder
+from .convert import no_tokenizer
+from .files import member, read_bytes, read_json, refuse_impostor, shown
+from .template import ChatTemplate, Templates, read_templates
+from .tokenizer_class import CLASSES, TokenizerClass, class_name, rebuilt
 
 if TYPE_CHECKING:
     import tokenizers
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+# What transformers replaces in decoded text where `clean_up_tokenization_spaces` is set, in this order.
+_CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class Tokenizer:
-    """Wraps a `tokenizers.Tokenizer`. `chat_template` is the Jinja source that the folder carries, not run here."""
+    """Wraps a `tokenizers.Tokenizer`.
 
-    def __init__(self, inner: tokenizers.Tokenizer, chat_template: str | None, special_tokens: dict[str, str]) -> None:
+    `special_tokens`: "bos_token" -> its text, and so on; `templates`: the chat templates that the folder carries;
+    `clean_up`: whether decoded text loses its spaces before punctuation.
+    """
+
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        templates: Templates,
+        special_tokens: dict[str, str],
+        clean_up: bool = False,
+    ) -> None:
         self._inner = inner
-        self.chat_template = chat_template
-        self.special_tokens = special_tokens  # "bos_token" -> its text, and so on
+        self.templates = templates
+        self.special_tokens = special_tokens
+        self._clean_up = clean_up
         self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)  # largest id + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -37,11 +58,64 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids without special tokens; an incomplete character becomes U+FFFD."""
-        return self._inner.decode(list(ids), skip_special_tokens=True)
+        text = self._inner.decode(list(ids), skip_special_tokens=True)
+        return cleaned_up(text) if self._clean_up else text
 
     def stream(self) -> TokenStream:
         """A decoder for the tokens of one sequence as they come."""
-        return TokenStream(self._inner)
+        return TokenStream(self)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the template for chats without tools, None where the folder has none."""
+        return self.templates.source(tools=False)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation: the model's chat template rendered and encoded, nothing added.
+
+        Only what the template itself writes becomes special tokens: text in `messages`, `tools` and `variables` that
+        spells one is encoded as text (see `checkpoint/chat.py`). For all other text the ids are those of
+        transformers' apply_chat_template. Raises RequestError where there is no template, or where it fails.
+        """
+        template = self._template(tools=tools is not None)
+        return self._chat.encode(
+            template, messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
+        )
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text of `encode_chat`, as apply_chat_template(tokenize=False) gives it. Raises RequestError."""
+        template = self._template(tools=tools is not None)
+        return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+
+    def _template(self, tools: bool) -> ChatTemplate:
+        source = self.templates.source(tools=tools)
+        if source is None:
+            raise RequestError(self.templates.missing())
+        if source not in self._compiled:
+            self._compiled[source] = ChatTemplate(source, self.special_tokens)
+        return self._compiled[source]
+
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        return ChatEncoder(self._inner)
+
+    @cached_property
+    def _compiled(self) -> dict[str, ChatTemplate]:
+        return {}
 
 
 class TokenStream:
@@ -53,8 +127,8 @@ class TokenStream:
     from that in `decode`.)
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
-        self._inner = inner
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._ids: list[int] = []  # of the last piece, then what has come since
         self._n_given = 0  # of these, tokens whose text was handed out
 
@@ -62,7 +136,7 @@ class TokenStream:
         """The text that `token_id` completes, or None while a character is not whole."""
         self._ids.append(token_id)
         piece = self._new_text()
-        if not piece or piece.endswith("\ufffd"):
+        if not piece or piece.endswith("\ufffd") or self._unsettled(piece):
             return None
         del self._ids[: self._n_given]
         self._n_given = len(self._ids)
@@ -75,42 +149,62 @@ class TokenStream:
         return piece or None
 
     def _new_text(self) -> str:
-        given = self._inner.decode(self._ids[: self._n_given], skip_special_tokens=True)
-        return self._inner.decode(self._ids, skip_special_tokens=True)[len(given) :]
+        given = self._tokenizer.decode(self._ids[: self._n_given])
+        return self._tokenizer.decode(self._ids)[len(given) :]
+
+    def _unsettled(self, piece: str) -> bool:
+        """Whether later text may yet change the end of this piece."""
+        return self._tokenizer._clean_up and any(
+            piece.endswith(pattern[:n]) for pattern in _CLEAN_UP for n in range(1, len(pattern))
+        )
+
+
+def cleaned_up(text: str) -> str:
+    """`text` as transformers cleans it: no space before punctuation and English contractions."""
+    for pattern in _CLEAN_UP:
+        text = text.replace(pattern, pattern.strip())
+    return text
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder: tokenizer.json, and tokens that only tokenizer_config.json names.
+    """The tokenizer of a model folder, as AutoTokenizer of transformers 5 makes it.
 
-    As in transformers, BOS and EOS follow the rule in tokenizer.json; `add_bos_token` and `add_eos_token` beside it
-    have no effect, nor have its truncation and padding. Raises LoadError.
+    From tokenizer.json, of which some classes keep only parts (`tokenizer_class.py`), and from the tokens that
+    tokenizer_config.json, special_tokens_map.json and added_tokens.json name. BOS and EOS follow the rule in
+    tokenizer.json: `add_bos_token` and `add_eos_token` beside it have no effect there either, nor have its truncation
+    and padding. Raises LoadError.
     """
     path = member(folder, "tokenizer.json")
     if path is None:
-        hint = (
-            "only tokenizer.model is there; convert it once with transformers: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-            if member(folder, "tokenizer.model")
-            else "download the model again with its tokenizer"
-        )
-        raise LoadError(f"{folder}: tokenizer.json is missing; {hint}")
-    inner = _parse(path)
+        names = [file.name for file in folder.iterdir()]
+        raise LoadError(no_tokenizer(str(folder), names, str(folder), str(folder)))
+    data = read_bytes(path)
+    refuse_impostor(path, data)
+    inner = _parse(path, data)
     config_path = member(folder, "tokenizer_config.json")
     config = read_json(config_path) if config_path else {}
     where = str(config_path or path)
-    specials = {name: _text_of(config[name], where) for name in _SPECIAL_NAMES if config.get(name) is not None}
-    _add_missing_tokens(inner, config, [*specials.values(), *_further_specials(config, where)], where)
+    name = class_name(_optional_json(folder, "config.json"), config, b'"ByteLevel"' in data)
+    chosen = CLASSES.get(name) if type(inner.model).__name__ == "BPE" else None
+    declared = _Declared(folder, config, where, inner, chosen)
+    specials = {key: str(token.content) for key, token in declared.named.items()}
+    if chosen is not None:
+        inner = _parse(path, json.dumps(rebuilt(json.loads(data), chosen, config, specials)).encode())
+    declared.add_to(inner)
     inner.no_truncation()
     inner.no_padding()
     inner.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    return Tokenizer(inner, _chat_template(folder, config, where), specials)
+    return Tokenizer(inner, read_templates(folder, config, where), specials, _cleans_up(inner, config))
 
 
-def _parse(path: Path) -> tokenizers.Tokenizer:
+def _optional_json(folder: Path, name: str) -> dict[str, Any]:
+    path = member(folder, name)
+    return read_json(path) if path else {}
+
+
+def _parse(path: Path, data: bytes) -> tokenizers.Tokenizer:
     import tokenizers
 
-    data = read_bytes(path)
-    refuse_impostor(path, data)
     try:
         return tokenizers.Tokenizer.from_buffer(data)
     except BaseException as e:  # a panic in the library does not derive from Exception
@@ -119,51 +213,120 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
         raise
 
 
-def _text_of(token: Any, where: str) -> str:
-    """A token in tokenizer_config.json is a string or an object with its `content`."""
-    content = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(content, str):
-        raise LoadError(f"{where}: token {shown(token)}: expected text")
-    return content
+def _cleans_up(inner: tokenizers.Tokenizer, config: dict[str, Any]) -> bool:
+    """As transformers: not for BPE, whose spaces mean something, unless a key with a long name insists."""
+    insists = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    return bool(config.get("clean_up_tokenization_spaces", False)) and (
+        type(inner.model).__name__ != "BPE" or bool(insists)
+    )
 
 
-def _further_specials(config: dict[str, Any], where: str) -> list[str]:
-    """Special tokens beyond the usual names: other `*_token` keys, then the list or object of extra ones."""
-    named = [v for k, v in config.items() if k.endswith("_token") and k not in _SPECIAL_NAMES and isinstance(v, str)]
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    if not isinstance(extra, list | dict):
-        raise LoadError(f"{where}: extra_special_tokens {shown(extra)}: expected a list or an object")
-    return [*named, *(_text_of(t, where) for t in (extra.values() if isinstance(extra, dict) else extra))]
+class _Declared:
+    """Tokens that the files beside tokenizer.json declare, collected in the order in which transformers does.
 
+    `named`: "bos_token" -> token, and so on; `extra`: special tokens without a name; `by_id`: added tokens.
+    """
 
-def _add_missing_tokens(inner: tokenizers.Tokenizer, config: dict[str, Any], specials: list[str], where: str) -> None:
-    """Adds tokens that only tokenizer_config.json names, those with an id first, as transformers does."""
-    from tokenizers import AddedToken
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        where: str,
+        inner: tokenizers.Tokenizer,
+        chosen: TokenizerClass | None,
+    ) -> None:
+        self._class = chosen
+        self._where = where
+        stated = dict(config)
+        self.by_id: dict[int, tokenizers.AddedToken] = {}
+        if "added_tokens_decoder" in config:
+            self.by_id = self._decoder(config["added_tokens_decoder"])
+        else:
+            stated |= _optional_json(folder, "special_tokens_map.json")
+        padding = inner.padding
+        if padding is not None:
+            stated.setdefault("pad_token", padding["pad_token"])
+        self.extra = self._extra(stated)
+        self.named = self._named(stated)
+        if "added_tokens_decoder" not in config:
+            self.by_id = self._legacy(folder) | dict(inner.get_added_tokens_decoder())
+        known = {token.content: token for token in self.by_id.values()}
+        self.named = {name: known.get(token.content, token) for name, token in self.named.items()}
+        self._invented = frozenset(chosen.specials if chosen else ()) - frozenset(stated)
 
-    declared = config.get("added_tokens_decoder", {})
-    if not isinstance(declared, dict) or not all(k.isdecimal() and len(k) < 10 for k in declared):
-        raise LoadError(f"{where}: added_tokens_decoder must map token ids to tokens, found {shown(declared)}")
-    known = {token.content for token in inner.get_added_tokens_decoder().values()}
-    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-    for _, token in sorted(declared.items(), key=lambda item: int(item[0])):
-        text = _text_of(token, where)
-        if text not in known:
-            known.add(text)
-            chosen = {name: bool(token[name]) for name in flags if name in token}
-            chosen["special"] = chosen.get("special", False) or text in specials
-            inner.add_tokens([AddedToken(text, **chosen)])
-    inner.add_special_tokens([AddedToken(t, special=True) for t in dict.fromkeys(specials) if t not in known])
+    def add_to(self, inner: tokenizers.Tokenizer) -> None:
+        """Adds what `inner` lacks or has with other flags.
 
+        Special tokens that only the class names are left out where the vocabulary lacks them: transformers gives
+        them ids behind the last one, for which no model has an embedding.
+        """
+        from tokenizers import AddedToken
 
-def _chat_template(folder: Path, config: dict[str, Any], where: str) -> str | None:
-    """chat_template.jinja if there is one, else the `chat_template` of tokenizer_config.json."""
-    path = member(folder, "chat_template.jinja")
-    if path is not None:
-        return read_text(path)
-    template = config.get("chat_template")
-    if isinstance(template, list):  # [{"name", "template"}, ...]
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise LoadError(f"{where}: chat_template: expected text, found {shown(template)}")
-    return template
+        present = inner.get_added_tokens_decoder()
+        flagged = {repr(token) for token in present.values()}
+        due = [token for _, token in sorted(self.by_id.items()) if repr(token) not in flagged]
+        known = {token.content for token in (*present.values(), *due)}
+        for name, token in self.named.items():
+            invented = name in self._invented and inner.token_to_id(token.content) is None
+            if token.content not in known and not invented:
+                known.add(token.content)
+                due.append(token)
+        for token in self.extra:
+            if token.content not in known:
+                known.add(token.content)
+                due.append(token)
+        names = {token.content for token in self.named.values()}
+        for token in due:
+            if token.content in names and not token.special:
+                token.special = True
+        inner.add_tokens(due)
+        if self._class is not None and self._class.adds_specials:
+            every = [*self.named.values(), *self.extra]
+            texts = dict.fromkeys(t.content for t in every if inner.token_to_id(t.content) is not None)
+            inner.add_tokens([AddedToken(text, special=True) for text in texts])
+
+    def _token(self, token: Any, special: bool) -> tokenizers.AddedToken:
+        """A token in a configuration is a string, or an object with its `content` and flags."""
+        from tokenizers import AddedToken
+
+        fields = token if isinstance(token, dict) else {"content": token}
+        content = fields.get("content")
+        if not isinstance(content, str):
+            raise LoadError(f"{self._where}: token {shown(token)}: expected text")
+        flags = {name: bool(fields[name]) for name in _FLAGS if name in fields}
+        return AddedToken(content, **({"special": special} | flags))
+
+    def _decoder(self, declared: Any) -> dict[int, tokenizers.AddedToken]:
+        if not isinstance(declared, dict) or not all(k.isdecimal() and len(k) < 10 for k in declared):
+            raise LoadError(
+                f"{self._where}: added_tokens_decoder must map token ids to tokens, found {shown(declared)}"
+            )
+        return {int(id_): self._token(token, special=False) for id_, token in declared.items()}
+
+    def _named(self, stated: dict[str, Any]) -> dict[str, tokenizers.AddedToken]:
+        defaults = dict(self._class.specials) if self._class else {}
+        texts = {name: stated.get(name, defaults.get(name)) for name in _SPECIAL_NAMES}
+        further = {k: v for k, v in stated.items() if k.endswith("_token") and k not in texts}
+        texts |= {k: v for k, v in further.items() if isinstance(v, str) or (isinstance(v, dict) and "content" in v)}
+        extra = stated.get("extra_special_tokens")
+        texts |= extra if isinstance(extra, dict) else {}
+        return {name: self._token(token, special=True) for name, token in texts.items() if token is not None}
+
+    def _extra(self, stated: dict[str, Any]) -> list[tokenizers.AddedToken]:
+        extra = stated.get("extra_special_tokens") or stated.get("additional_special_tokens") or []
+        if not isinstance(extra, list | dict):
+            raise LoadError(f"{self._where}: extra_special_tokens {shown(extra)}: expected a list or an object")
+        return [] if isinstance(extra, dict) else [self._token(token, special=True) for token in extra]
+
+    def _legacy(self, folder: Path) -> dict[int, tokenizers.AddedToken]:
+        """added_tokens.json: text -> id."""
+        from tokenizers import AddedToken
+
+        texts = _optional_json(folder, "added_tokens.json")
+        if not all(isinstance(id_, int) for id_ in texts.values()):
+            raise LoadError(f"{folder / 'added_tokens.json'}: expected an object of token -> id, found {shown(texts)}")
+        special = {token.content for token in (*self.named.values(), *self.extra)}
+        return {
+            id_: AddedToken(text, special=text in special, normalized=text not in special)
+            for text, id_ in texts.items()
+        }
