@@ -15,7 +15,7 @@ from ..backends.cpu.bandwidth import ReadProbe
 from ..engine import LLM
 from ..engine.plan import weight_read_bytes
 from ..engine.request import integer
-from ..engine.setup import kv_position_bytes
+from ..engine.setup import kv_read_bytes
 from ..errors import DeviceError, RequestError
 from ..program.ir import KEY_CHUNK
 
@@ -92,7 +92,6 @@ def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: ReadProbe | 
     against the mean of the probes before and after it. Every repeat must give the same tokens, or DeviceError.
     """
     weight_bytes = weight_read_bytes(llm.program)
-    position_bytes = kv_position_bytes(llm.spec, llm.setup.target.kv_format)
     with llm.turns.lock:
         llm.turns.check()
         steps = _steps(llm, options, rows)
@@ -102,18 +101,18 @@ def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: ReadProbe | 
         per_block = max(1, min(int(BLOCK_S * 1e9 / estimate_ns), total))
         n_blocks = max(MIN_PAIRS, -(-total // per_block))
         step_ns: list[int] = []
-        cached: list[int] = []  # positions read by all slots, per forward
+        kv_bytes: list[int] = []  # read by all slots, per forward
         block_gb_s: list[float] = []
         probes = [probe.gb_s(PROBE_S)] if probe else []
         for _ in range(n_blocks):
             block = [next(steps) for _ in range(per_block)]
-            n_bytes = sum(weight_bytes + n * position_bytes for _, n in block)
+            kv_bytes += [rows * kv_read_bytes(llm.spec, llm.setup.target.kv_format, n) for _, n in block]
+            n_bytes = per_block * weight_bytes + sum(kv_bytes[-per_block:])
             block_gb_s.append(n_bytes / sum(ns for ns, _ in block))
             step_ns += [ns for ns, _ in block]
-            cached += [n for _, n in block]
             if probe:
                 probes.append(probe.gb_s(PROBE_S))
-    kv_bytes = position_bytes * sum(cached) // len(cached)
+    kv_per_step = sum(kv_bytes) // len(kv_bytes)
     middle = median(step_ns)
     return DecodeBench(
         test="decode",
@@ -122,8 +121,8 @@ def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: ReadProbe | 
         tokens_per_s=rows * 1e9 / middle,
         ms_per_token={"median": middle / 1e6, "min": min(step_ns) / 1e6, "max": max(step_ns) / 1e6},
         weight_bytes=weight_bytes,
-        kv_bytes=kv_bytes,
-        gb_per_s=(weight_bytes + kv_bytes) / middle,
+        kv_bytes=kv_per_step,
+        gb_per_s=(weight_bytes + kv_per_step) / middle,
         probe_gb_per_s=median(probes) if probes else None,
         fraction=median(pair_ratios(block_gb_s, probes)) if probes else None,
         device=llm.setup.device,
@@ -142,7 +141,7 @@ def pair_ratios(block_gb_s: list[float], probes: list[float]) -> list[float]:
 
 
 def _steps(llm: LLM, options: BenchOptions, n_rows: int) -> Iterator[tuple[int, int]]:
-    """Endless forwards: (ns from the last token to this one, positions read by all slots).
+    """Endless forwards: (ns from the last token to this one, positions read by each slot).
 
     Every `new_tokens` forwards go back to `start` and must then repeat the tokens of the first time.
     """
@@ -171,7 +170,7 @@ def _steps(llm: LLM, options: BenchOptions, n_rows: int) -> Iterator[tuple[int, 
                     f"token {offset} of {n_rows} slots was {expected[offset].tolist()} and is now "
                     f"{kernel.tokens[:n_rows].tolist()}: the kernel is not deterministic; please report it"
                 )
-            yield ns, n_rows * (start + offset + 1)
+            yield ns, start + offset + 1
 
 
 def _fill(llm: LLM, slot: int, ids: NDArray[np.int32]) -> None:

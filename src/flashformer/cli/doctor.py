@@ -4,24 +4,53 @@ from __future__ import annotations
 
 import platform
 import sys
+from typing import Annotated
+
+import typer
 
 from ..backends.cpu import topology
 from ..backends.registry import native_isa
+from ..engine import Diagnosis, Options, diagnose
 from ..engine.stats import peak_rss_bytes
 from ..env import isa as requested_isa
+from ..errors import RequestError
 from ..version import __version__
-from .options import JsonOpt
+from .options import JsonOpt, OfflineOpt, RevisionOpt
 from .output import write, write_json
 from .plan import size
 
 
-def doctor(as_json: JsonOpt = False) -> None:
-    """Describe this machine, to paste into an issue."""
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="say too why this model does not run, or that it does"),
+    ] = None,
+    revision: RevisionOpt = None,
+    offline: OfflineOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Describe this machine, to paste into an issue. With --model, exit code 2 says that the model does not run."""
+    if model is None and (revision is not None or offline):
+        raise RequestError("--revision and --offline say where --model is looked for; give --model too")
     found = describe_machine()
-    if as_json:
-        write_json(found)
-    else:
+    if not as_json:
         write("".join(f"{name:14} {_shown(name, value)}\n" for name, value in found.items()))
+    made = None if model is None else diagnose(model, Options(), revision=revision, offline=offline)
+    if as_json:
+        write_json(found if made is None else {**found, "diagnosis": made.to_json()})
+    elif made is not None:
+        write(f"\n{render(made)}")
+    if made is not None and not made.runs:
+        raise typer.Exit(2)
+
+
+def render(made: Diagnosis) -> str:
+    """The diagnosis as text, a line per message."""
+    lines = [f"{'model':14} {made.model}"]
+    for step in made.steps:
+        for i, message in enumerate(step.messages):
+            lines.append(f"{'' if i else step.name:14} {step.verdict.value:9} {message}")
+    return "\n".join([*lines, f"{'runs':14} {'yes' if made.runs else 'no'}"]) + "\n"
 
 
 def describe_machine() -> dict[str, object]:

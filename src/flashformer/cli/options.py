@@ -17,11 +17,13 @@ class Dtype(StrEnum):
     AUTO = "auto"
     F32 = "f32"
     BF16 = "bf16"
+    F16 = "f16"
 
 
 class KvDtype(StrEnum):
     F32 = "f32"
     BF16 = "bf16"
+    F16 = "f16"
 
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="demo, a folder, a hub id, or shape:NAME")]

@@ -23,7 +23,7 @@ from . import request as requests
 from .generate import Stream
 from .plan import Plan, make_plan, weight_read_bytes
 from .request import LIMITS, Request
-from .setup import Options, Setup, kv_position_bytes, require_memory, set_up
+from .setup import Options, Setup, kv_read_bytes, require_memory, set_up
 from .slots import Slots, Turns
 from .stats import Output
 
@@ -66,8 +66,9 @@ def load(
     )
     loaded = load_model(model, revision=revision, offline=offline)
     setup = set_up(loaded.spec, loaded.stored_format, options)
-    if setup.threads.warning:
-        warnings.warn(setup.threads.warning, stacklevel=2)
+    for warning in (setup.threads.warning, requests.defaults(loaded.generation_config).warning):
+        if warning:
+            warnings.warn(warning, stacklevel=2)
     program = build(loaded.spec, setup.target)
     require_memory(program.memory, setup)
     checked = check(program)
@@ -87,14 +88,14 @@ class LLM:
         self.spec: ModelSpec = model.spec
         self.program: Program = checked.program
         self.setup = setup
-        self.defaults = requests.defaults(dict(model.generation_config))
+        self.defaults = requests.defaults(model.generation_config)
         self.kernel = kernel
         self._tokenizer = model.tokenizer
         self._checked = checked
         self.turns = Turns()  # taken before every use of `kernel`
         self._slots = Slots(setup.target.streams, LIMITS.slot_wait_s)
         self._measured: float | None = None
-        self._step_bytes = (weight_read_bytes(self.program), kv_position_bytes(self.spec, setup.target.kv_format))
+        self._weight_bytes = weight_read_bytes(self.program)
 
     def __enter__(self) -> LLM:
         return self
@@ -119,7 +120,7 @@ class LLM:
     @property
     def plan(self) -> Plan:
         """Memory, phases and bytes per token of this model as loaded."""
-        return make_plan(self.name, self.program, self.setup, isa=self.kernel.describe().get("isa"))
+        return make_plan(self.name, self.program, self.setup, self.defaults, isa=self.kernel.describe().get("isa"))
 
     @overload
     def generate(
@@ -187,9 +188,6 @@ class LLM:
         self.turns.check()
         ctx = self.setup.target.ctx
         ids = self._prompt_ids(prompt)
-        if temperature is None and self.defaults.unused:
-            unused = ", ".join(self.defaults.unused)
-            warnings.warn(f"generation_config.json asks for {unused}: not applied by this version", stacklevel=2)
         request = Request(
             ids=ids,
             max_tokens=requests.clamp_tokens(max_tokens, len(ids), ctx),
@@ -204,9 +202,13 @@ class LLM:
             request,
             chunk=self.setup.prompt_chunk,
             tokenizer=self._tokenizer,
-            step_bytes=self._step_bytes,
+            step_bytes=self.step_bytes,
             encode_ns=perf_counter_ns() - begin,
         )
+
+    def step_bytes(self, n_positions: int) -> int:
+        """Weight and KV bytes read by a token of a slot with `n_positions`, itself included."""
+        return self._weight_bytes + kv_read_bytes(self.spec, self.setup.target.kv_format, n_positions)
 
     def logits(self, prompt: Prompt) -> NDArray[np.float32]:
         """Logits after each position of a prompt: (n_tokens, vocab_size) float32.

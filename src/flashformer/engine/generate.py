@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NamedTuple
@@ -81,12 +81,12 @@ class Stream(Iterator[Piece]):
         *,
         chunk: int,
         tokenizer: Tokenizer | None,
-        step_bytes: tuple[int, int],
+        step_bytes: Callable[[int], int],
         encode_ns: int,
     ) -> None:
         self._request = request
         self._tokenizer = tokenizer
-        self._step_bytes = step_bytes  # read per forward, and per cached position besides
+        self._step_bytes = step_bytes  # read by a token, of its number of positions
         self._ids: list[int] = []
         self._texts: list[str] = []
         self._step_ns: list[int] = []
@@ -120,16 +120,15 @@ class Stream(Iterator[Piece]):
 
     @property
     def output(self) -> Output:
-        per_forward, per_position = self._step_bytes
-        n, n_prompt = len(self._step_ns), len(self._request.ids)
-        positions = n * n_prompt + n * (n + 1) // 2
+        first = len(self._request.ids) + 1  # positions that the second token reads
+        n_bytes = sum(map(self._step_bytes, range(first, first + len(self._step_ns))))
         return Output(
             text="".join(self._texts),
             token_ids=list(self._ids),
             prompt_token_ids=self._request.ids.tolist(),
             seed=self._request.seed,
             finish_reason=self.finish_reason,
-            timing=make_timing(self._ttft_ns, self._step_ns, n * per_forward + positions * per_position),
+            timing=make_timing(self._ttft_ns, self._step_ns, n_bytes),
         )
 
     def _run(

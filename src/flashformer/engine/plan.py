@@ -9,7 +9,8 @@ from ..check import check
 from ..model.outline import read_outline
 from ..program import Program, build
 from ..program.ops import bytes_read
-from .setup import Options, Setup, kv_position_bytes, set_up
+from .request import Defaults, defaults
+from .setup import Options, Setup, kv_read_bytes, set_up
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Plan:
     memory: Mapping[str, int]  # weights_bytes, kv_bytes, buffers_bytes, total_bytes
     free_bytes: int | None
     weight_bytes_per_token: int  # read once per forward, whatever its rows
-    kv_bytes_per_position: int  # read once per forward for each cached position of each slot
+    kv_bytes_per_position: int  # held of one position of a slot, and read of it by every layer that sees it
+    kv_bytes_per_full_token: int  # read by a token of a slot with ctx positions
     phases: tuple[PhasePlan, ...]
     proof: Mapping[str, int] | None = None  # facts proved, by name
     probe_gb_per_s: float | None = None  # read bandwidth measured for this plan
@@ -56,7 +58,7 @@ class Plan:
     @property
     def floor_full_ms(self) -> float | None:
         """The same with `ctx` cached positions."""
-        n_bytes = self.weight_bytes_per_token + self.ctx * self.kv_bytes_per_position
+        n_bytes = self.weight_bytes_per_token + self.kv_bytes_per_full_token
         return n_bytes / self.probe_gb_per_s / 1e6 if self.probe_gb_per_s else None
 
     def to_json(self) -> dict[str, object]:
@@ -69,7 +71,7 @@ def weight_read_bytes(program: Program) -> int:
     return sum(m.n_out * m.k * m.format.bits for m in matrices) // 8
 
 
-def make_plan(name: str, program: Program, setup: Setup, *, isa: object = None) -> Plan:
+def make_plan(name: str, program: Program, setup: Setup, asked: Defaults, *, isa: object = None) -> Plan:
     target, memory, workers = program.target, program.memory, range(program.target.n_workers)
     phases = []
     for phase in program.phases:
@@ -96,9 +98,10 @@ def make_plan(name: str, program: Program, setup: Setup, *, isa: object = None) 
         },
         free_bytes=None if setup.free is None else int(setup.free.value),
         weight_bytes_per_token=weight_read_bytes(program),
-        kv_bytes_per_position=kv_position_bytes(program.spec, target.kv_format),
+        kv_bytes_per_position=kv_read_bytes(program.spec, target.kv_format, 1),
+        kv_bytes_per_full_token=kv_read_bytes(program.spec, target.kv_format, target.ctx),
         phases=tuple(phases),
-        warnings=_warnings(program, setup),
+        warnings=_warnings(program, setup, asked),
     )
 
 
@@ -118,12 +121,12 @@ def plan_model(
     outline = read_outline(model, revision=revision, offline=offline)
     setup = set_up(outline.spec, outline.stored_format, options)
     program = build(outline.spec, setup.target)
-    plan = make_plan(outline.name, program, setup, isa=isa)
+    plan = make_plan(outline.name, program, setup, defaults(outline.generation_config), isa=isa)
     return replace(plan, proof=dict(check(program).proved)) if prove else plan
 
 
-def _warnings(program: Program, setup: Setup) -> tuple[str, ...]:
-    found = [setup.threads.warning] if setup.threads.warning else []
+def _warnings(program: Program, setup: Setup, asked: Defaults) -> tuple[str, ...]:
+    found = [warning for warning in (setup.threads.warning, asked.warning) if warning]
     if setup.free is not None and program.memory.total_bytes > setup.free.value:
         found.append(
             f"needs {program.memory.total_bytes:,} bytes, {int(setup.free.value):,} are free: it will not load"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -125,30 +125,106 @@ def clamp_tokens(max_tokens: object, n_prompt: int, ctx: int) -> int:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What generation_config.json asks for. `unused`: its sampling settings that are not applied, as text."""
+    """What generation_config.json asks for. `unused`: settings that change the text and are not applied, as text."""
 
     temperature: float
     unused: tuple[str, ...]
 
+    @property
+    def warning(self) -> str | None:
+        """One line for people, None where everything is applied."""
+        if not self.unused:
+            return None
+        return (
+            f"generation_config.json asks for {', '.join(self.unused)}: not applied by this version, so the text can "
+            "differ from that of transformers"
+        )
 
-_NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0}
 
-
-def defaults(generation_config: dict[str, object]) -> Defaults:
-    """temperature only under `do_sample` (then 1 where none is stated). Raises LoadError."""
-    if not generation_config.get("do_sample"):
-        return Defaults(0.0, ())
-    stated = generation_config.get("temperature")
-    try:
-        chosen = temperature(1.0 if stated is None else stated)
-    except RequestError as error:
-        raise LoadError(f"generation_config.json: {error}") from None
-    unused = tuple(
-        f"{key}={value}"
-        for key, neutral in _NEUTRAL.items()
-        if (value := generation_config.get(key)) is not None and value != neutral
+# Settings of generation_config.json that change the text, with the values that leave it as it is (None always does).
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "constraints": ([],),
+    "diversity_penalty": (0,),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": ([],),
+    "forced_bos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "forced_eos_token_id": ([],),
+    "guidance_scale": (1,),
+    "low_memory": (False,),
+    "max_time": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "remove_invalid_values": (False,),
+    "renormalize_logits": (False,),
+    "repetition_penalty": (1,),
+    "sequence_bias": ({}, []),
+    "stop_strings": ([], ""),
+    "suppress_tokens": ([],),
+    "token_healing": (False,),
+    "watermarking_config": (),
+}
+_NEUTRAL_SAMPLING: Mapping[str, tuple[object, ...]] = {
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "min_p": (0,),
+    "top_h": (),
+    "top_k": (0,),
+    "top_p": (1,),
+    "typical_p": (1,),
+}
+# No effect on the text here: ids, which are read with the model; lengths, which -n and ctx decide; memory and output.
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
+        *("do_sample", "temperature", "max_length", "max_new_tokens", "early_stopping", "length_penalty"),
+        *("use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "compile_config"),
+        *("disable_compile", "prefill_chunk_size", "continuous_batching_config"),
+        *("output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate"),
+        *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+        *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "prompt_lookup_num_tokens"),
+        *("max_matching_ngram_size", "trust_remote_code", "chat_format", "max_window_size"),
     )
-    return Defaults(chosen, unused)
+)
+
+
+def defaults(generation_config: Mapping[str, object]) -> Defaults:
+    """temperature only under `do_sample` (then 1 where none is stated). Raises LoadError.
+
+    What changes the text and is not applied goes to `unused`, so that it is said: many checkpoints state a
+    repeat penalty or top_p, and refusing them would help nobody. Settings of sampling count only under `do_sample`;
+    keys that no version of transformers knows are `unused` too.
+    """
+    samples = bool(generation_config.get("do_sample"))
+    chosen = 0.0
+    if samples:
+        stated = generation_config.get("temperature")
+        try:
+            chosen = temperature(1.0 if stated is None else stated)
+        except RequestError as error:
+            raise LoadError(f"generation_config.json: {error}") from None
+    unused = []
+    for key, value in generation_config.items():
+        if value is None or key.startswith("_") or key in _WITHOUT_EFFECT:
+            continue
+        if key in _NEUTRAL_SAMPLING:
+            neutral = not samples or value in _NEUTRAL_SAMPLING[key]
+        else:
+            neutral = value in _NEUTRAL.get(key, ())
+        if not neutral:
+            text = f"{key}={value}"
+            unused.append(text if len(text) <= 80 else f"{text[:77]}...")
+    return Defaults(chosen, tuple(unused))
 
 
 def is_batch(prompt: object) -> bool:

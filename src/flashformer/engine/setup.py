@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ..backends.cpu import topology
 from ..backends.registry import PROMPT_CHUNK, resolve_device
 from ..errors import LoadError, RequestError
 from ..formats import F32, FORMATS, Format
-from ..model.spec import ModelSpec
+from ..model.spec import ModelSpec, RopeKind
 from ..program.ir import KEY_CHUNK, MAX_HEAD_ROWS, Memory, Target
 from .request import LIMITS, flag, integer
 
@@ -61,6 +62,9 @@ def set_up(spec: ModelSpec, stored: Format, options: Options) -> Setup:
     chunk = PROMPT_CHUNK if options.prompt_chunk is None else options.prompt_chunk
     free = topology.free_memory()
     ctx, ctx_why = _context(spec, options, kv_format, free)
+    by_length = sorted({rope.kind.value for rope in spec.ropes if rope.kind in RopeKind.of_length()})
+    if by_length:
+        ctx_why += f"; {', '.join(by_length)} rotation as for a sequence of this length, whatever a prompt has"
     target = Target(
         n_workers=threads.n,
         weight_format=weight_format,
@@ -73,9 +77,14 @@ def set_up(spec: ModelSpec, stored: Format, options: Options) -> Setup:
     return Setup(device, target, chunk, threads, ctx_why, free)
 
 
-def kv_position_bytes(spec: ModelSpec, kv_format: Format) -> int:
-    """Bytes of one cached position of one slot, all layers: what a later token reads of it."""
-    return sum(2 * layer.kv_width for layer in spec.layers) * kv_format.element_bytes
+def kv_read_bytes(spec: ModelSpec, kv_format: Format, n_positions: int) -> int:
+    """Bytes of the cache that a token reads of a slot with `n_positions`, itself included, in all layers.
+
+    Layers with a window read no more of them than that. One position is what the cache holds of it.
+    """
+    groups = Counter((layer.kv_width, layer.window or n_positions) for layer in spec.layers)
+    seen = sum(count * width * min(window, n_positions) for (width, window), count in groups.items())
+    return 2 * seen * kv_format.element_bytes
 
 
 def require_memory(memory: Memory, setup: Setup) -> None:
@@ -100,7 +109,7 @@ def _context(spec: ModelSpec, options: Options, kv_format: Format, free: topolog
         return integer("ctx", options.ctx, (1, most)), f"asked for; the model allows {most}"
     choices = [(most, "the model's maximum"), (DEFAULT_CTX, "the default limit")]
     if free is not None:
-        fits = int(free.value) // 4 // (kv_position_bytes(spec, kv_format) * options.streams)
+        fits = int(free.value) // 4 // (kv_read_bytes(spec, kv_format, 1) * options.streams)
         fits -= fits % KEY_CHUNK
         choices.append((fits, f"what a quarter of the free {free.value / 2**30:.1f} GiB holds ({free.source})"))
     ctx, why = min(choices)
