@@ -19,17 +19,6 @@ struct Group {
   int32_t row_begin, row_end, slot, first_pos;
 };
 
-// The rows of a forward as the caller keeps them; see backends/base.py.
-struct RowArrays {
-  const int32_t* token;
-  const int32_t* slot;
-  const int32_t* pos;
-  const int32_t* want;
-  const float* temperature;
-  const uint64_t* seed;
-  const int32_t* choice;
-};
-
 enum Want : int32_t { kWantNothing = 0, kWantToken = 1, kWantLogits = 2 };
 
 struct Candidate {

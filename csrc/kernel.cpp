@@ -13,6 +13,7 @@ Kernel::Kernel(KernelArrays arrays, const PhaseTable* table, const KernelOptions
                char* work)
     : arrays_(std::move(arrays)),
       table_(table),
+      n_adjustments_(options.n_adjustments),
       forward_{},
       team_(static_cast<int>(arrays_.model.n_workers), options.spins, options.cpus, [this](int w) { this->work(w); }) {
   forward_.model = arrays_.model;
@@ -41,18 +42,36 @@ void Kernel::clear_logs() {
   for (Log& log : logs_) log.size = 0;
 }
 
+bool Kernel::can_sample(const RowArrays& rows, int64_t r) const {
+  const bool in_range = rows.temperature[r] >= 0 && rows.temperature[r] <= FLT_MAX && rows.choice[r] >= 0 &&
+                        rows.top_k[r] >= 0 && rows.top_p[r] > 0 && rows.top_p[r] <= 1 && rows.min_p[r] >= 0 &&
+                        rows.min_p[r] <= 1 && 0 <= rows.adjust_begin[r] && rows.adjust_begin[r] <= rows.adjust_end[r] &&
+                        rows.adjust_end[r] <= n_adjustments_;
+  if (!in_range) return false;
+  for (int32_t a = rows.adjust_begin[r]; a < rows.adjust_end[r]; ++a) {
+    const bool sound = rows.adjust_token[a] >= 0 && rows.adjust_token[a] < arrays_.model.vocab_size &&
+                       rows.adjust_penalty[a] > 0 && rows.adjust_penalty[a] <= FLT_MAX &&
+                       rows.adjust_bias[a] >= -FLT_MAX && rows.adjust_bias[a] <= FLT_MAX;
+    if (!sound) return false;
+  }
+  return true;
+}
+
 int64_t Kernel::find_bad_row(const RowArrays& rows, int64_t n_rows) const {
   const Model& m = arrays_.model;
   if (n_rows < 1 || n_rows > m.rows) return 0;
   uint32_t slots_seen = 0;
-  int64_t wanting = 0;
+  int64_t wanting = 0, adjusted = 0;  // adjustments of the rows before
   for (int64_t r = 0; r < n_rows; ++r) {
     const int32_t slot = rows.slot[r], pos = rows.pos[r];
     const bool in_range = rows.token[r] >= 0 && rows.token[r] < m.vocab_size && slot >= 0 && slot < m.streams &&
                           pos >= 0 && pos < m.ctx && rows.want[r] >= kWantNothing && rows.want[r] <= kWantLogits;
     if (!in_range) return r;
-    const bool samples = rows.temperature[r] >= 0 && rows.temperature[r] <= FLT_MAX && rows.choice[r] >= 0;
-    if (rows.want[r] != kWantNothing && !samples) return r;
+    if (rows.want[r] != kWantNothing && !can_sample(rows, r)) return r;
+    if (rows.want[r] != kWantNothing && rows.adjust_begin[r] < rows.adjust_end[r]) {
+      if (rows.adjust_begin[r] < adjusted) return r;  // rows may be at work at once: what they keep must not overlap
+      adjusted = rows.adjust_end[r];
+    }
     const bool continues = r > 0 && rows.slot[r - 1] == slot;
     if (continues ? pos != rows.pos[r - 1] + 1 : (slots_seen >> slot & 1) != 0) return r;
     slots_seen |= 1u << slot;

@@ -25,6 +25,7 @@ struct KernelOptions {
   std::vector<int> cpus;  // see Team
   uint64_t delay_seed;    // 0: no delays
   int64_t log_capacity;   // entries per worker; 0: not recording
+  int64_t n_adjustments;  // length of the adjust columns
 };
 
 enum class Outcome { kDone, kBadRow, kNotFinite, kStalled, kForked, kBusy };
@@ -50,12 +51,14 @@ class Kernel {
  private:
   Result checked_forward(const RowArrays& rows, int64_t n_rows);
   int64_t find_bad_row(const RowArrays& rows, int64_t n_rows) const;
+  bool can_sample(const RowArrays& rows, int64_t r) const;
   void place_rows(const RowArrays& rows, int64_t n_rows);
   void work(int worker);
 
   std::atomic_flag busy_;  // a forward is under way
   KernelArrays arrays_;
   const PhaseTable* table_;
+  int64_t n_adjustments_;
   Forward forward_;
   int64_t n_phases_ = 0;  // of the forward under way
   std::vector<std::vector<LogEntry>> log_entries_;

@@ -68,21 +68,34 @@ Isa find_isa(const std::string& name) {
 
 // A Kernel with everything it points to.
 struct BoundKernel {
-  nb::object keep;  // regions
-  std::tuple<Column<const int32_t>, Column<const int32_t>, Column<const int32_t>, Column<const int32_t>,
-             Column<const float>, Column<const uint64_t>, Column<const int32_t>>
-      columns;  // what `rows` points into
+  nb::object keep;             // regions
+  std::vector<Bytes> columns;  // what `rows` points into
   std::unique_ptr<Kernel> kernel;
   RowArrays rows;
   bool dot;
 };
 
+// Points `rows` into the columns, given in the order of RowArrays; returns the length of the adjust columns.
+int64_t bind_rows(const std::vector<Bytes>& columns, int64_t n_rows, RowArrays* rows) {
+  constexpr std::size_t n = sizeof(kColumnItemBytes) / sizeof(kColumnItemBytes[0]);
+  static_assert(sizeof(RowArrays) == n * sizeof(void*));
+  if (columns.size() != n) throw std::invalid_argument("rows lack a column");
+  const void* begins[n];
+  int64_t n_adjustments = INT64_MAX;
+  for (std::size_t c = 0; c < n; ++c) {
+    const int64_t length = static_cast<int64_t>(columns[c].size()) / kColumnItemBytes[c];
+    const bool per_row = static_cast<int64_t>(c) < kRowColumns;
+    if (per_row && length < n_rows) throw std::invalid_argument("row arrays are shorter than the Program's rows");
+    if (!per_row && length < n_adjustments) n_adjustments = length;
+    begins[c] = columns[c].data();
+  }
+  std::memcpy(rows, begins, sizeof(begins));
+  return n_adjustments;
+}
+
 std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases, const Bytes& schedule,
                                          const Bytes& tapes, const Column<const int64_t>& tape_begin, Region& weights,
-                                         Region& kv, Region& work, const Column<const int32_t>& token,
-                                         const Column<const int32_t>& slot, const Column<const int32_t>& pos,
-                                         const Column<const int32_t>& want, const Column<const float>& temperature,
-                                         const Column<const uint64_t>& seed, const Column<const int32_t>& choice,
+                                         Region& kv, Region& work, const std::vector<Bytes>& columns,
                                          const std::string& isa_name, uint32_t spins, const std::vector<int>& cpus,
                                          uint64_t delay_seed, int64_t log_capacity, nb::object keep) {
   KernelArrays arrays;
@@ -92,16 +105,12 @@ std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases
   arrays.tapes = records<TapeItem>(tapes, "tapes");
   arrays.tape_begin.assign(tape_begin.data(), tape_begin.data() + tape_begin.size());
   const Model& m = arrays.model;
-  const std::size_t workers = static_cast<std::size_t>(m.n_workers), rows = static_cast<std::size_t>(m.rows);
+  const std::size_t workers = static_cast<std::size_t>(m.n_workers);
   const bool sound = workers >= 1 && arrays.phases.size() == static_cast<std::size_t>(m.n_phases) &&
                      arrays.schedule.size() == arrays.phases.size() * workers &&
                      arrays.tape_begin.size() == workers + 1 && m.streams <= kMaxStreams &&
                      static_cast<std::size_t>(m.work_bytes) <= work.size();
   if (!sound) throw std::invalid_argument("the arrays of the Program do not fit together");
-  for (std::size_t n :
-       {token.size(), slot.size(), pos.size(), want.size(), temperature.size(), seed.size(), choice.size()}) {
-    if (n < rows) throw std::invalid_argument("row arrays are shorter than the Program's rows");
-  }
   const Isa isa = find_isa(isa_name);
   const Format weight_format = static_cast<Format>(m.weight_format), kv_format = static_cast<Format>(m.kv_format);
   const bool dot = weight_format == Format::kBf16 && !m.exact && isa.dot_table;
@@ -109,12 +118,12 @@ std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases
   if (!table) throw std::invalid_argument("no kernel for these formats");
   auto bound = std::make_unique<BoundKernel>();
   bound->keep = std::move(keep);
-  bound->columns = {token, slot, pos, want, temperature, seed, choice};
-  bound->rows = {token.data(), slot.data(), pos.data(), want.data(), temperature.data(), seed.data(), choice.data()};
+  bound->columns = columns;
+  const int64_t n_adjustments = bind_rows(columns, m.rows, &bound->rows);
   bound->dot = dot;
-  bound->kernel =
-      std::make_unique<Kernel>(std::move(arrays), table, KernelOptions{spins, cpus, delay_seed, log_capacity},
-                               weights.data(), kv.data(), work.data());
+  bound->kernel = std::make_unique<Kernel>(std::move(arrays), table,
+                                           KernelOptions{spins, cpus, delay_seed, log_capacity, n_adjustments},
+                                           weights.data(), kv.data(), work.data());
   return bound;
 }
 
@@ -203,9 +212,8 @@ NB_MODULE(_cpu, m) {
 
   nb::class_<BoundKernel>(m, "Kernel")
       .def(nb::new_(&make_kernel), "model"_a, "phases"_a, "schedule"_a, "tapes"_a, "tape_begin"_a, "weights"_a, "kv"_a,
-           "work"_a, nb::arg("token").noconvert(), nb::arg("slot").noconvert(), nb::arg("pos").noconvert(),
-           nb::arg("want").noconvert(), nb::arg("temperature").noconvert(), nb::arg("seed").noconvert(),
-           nb::arg("choice").noconvert(), "isa"_a, "spins"_a, "cpus"_a, "delay_seed"_a, "log_capacity"_a, "keep"_a)
+           "work"_a, nb::arg("columns").noconvert(), "isa"_a, "spins"_a, "cpus"_a, "delay_seed"_a, "log_capacity"_a,
+           "keep"_a)
       .def("forward", &run_forward, "n_rows"_a, "Runs rows[:n_rows]; returns (outcome, detail).")
       .def("log", &read_log, "worker"_a, "[(phase, kind, value, begin)] since the last clear_logs.")
       .def("clear_logs", [](BoundKernel& self) { self.kernel->clear_logs(); })

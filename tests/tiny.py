@@ -151,6 +151,7 @@ def forward(
 def put(kernel: Kernel, row: int, ids: list[int], *, pos: int, slot: int, want: Want) -> None:
     rows, at = kernel.rows, slice(row, row + len(ids))
     rows.token[at], rows.slot[at], rows.want[at], rows.temperature[at], rows.choice[at] = ids, slot, want, 0, 0
+    rows.top_k[at], rows.top_p[at], rows.min_p[at], rows.adjust_begin[at], rows.adjust_end[at] = 0, 1, 0, 0, 0
     rows.pos[at] = np.arange(pos, pos + len(ids))
 
 

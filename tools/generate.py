@@ -8,12 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
+from flashformer.backends.base import ADJUST_COLUMNS, ROW_COLUMNS
 from flashformer.formats import FORMATS
 from flashformer.program.ops import OPS
 from flashformer.program.records import ACTIVATIONS, CONSTANTS, QK_NORMS, RECORDS
 
 HEADER = Path(__file__).parents[1] / "csrc" / "generated" / "program.h"
-C_TYPES = {"<i8": "int64_t", "<f8": "double"}
+C_TYPES = {"<i8": "int64_t", "<f8": "double", "<i4": "int32_t", "<f4": "float", "<u8": "uint64_t"}
 
 
 def camel(name: str) -> str:
@@ -48,6 +49,12 @@ def generate() -> str:
         lines += ["", f"struct {name} {{"]
         lines += [f"  {C_TYPES[fields[f][0].str]} {f};" for f in dtype.names or ()]
         lines += ["};", f"static_assert(sizeof({name}) == {dtype.itemsize});"]
+    columns = {**ROW_COLUMNS, **ADJUST_COLUMNS}
+    lines += ["", "// The rows of a forward as the caller keeps them; see backends/base.py.", "struct RowArrays {"]
+    lines += [f"  {C_TYPES[dtype.str]}* {name};" for name, dtype in columns.items()]
+    lines += ["};", f"constexpr int64_t kRowColumns = {len(ROW_COLUMNS)};  // with an entry per row"]
+    sizes = ", ".join(str(dtype.itemsize) for dtype in columns.values())
+    lines += [f"constexpr int64_t kColumnItemBytes[] = {{{sizes}}};"]
     return "\n".join([*lines, "", "}  // namespace flashformer", ""])
 
 

@@ -13,7 +13,7 @@ enum class Op : int64_t {
   kGateUp = 4,  // norm, gate and up products, activation
   kDown = 5,  // product, residual +=
   kLmHead = 6,  // norm, product, best token of the span
-  kSample = 7,  // best token of all workers
+  kSample = 7,  // best token of all workers, or one chosen from the logits
 };
 
 enum class Format : int64_t {
@@ -129,5 +129,27 @@ struct TapeItem {
   int64_t end;
 };
 static_assert(sizeof(TapeItem) == 24);
+
+// The rows of a forward as the caller keeps them; see backends/base.py.
+struct RowArrays {
+  int32_t* token;
+  int32_t* slot;
+  int32_t* pos;
+  int32_t* want;
+  float* temperature;
+  int32_t* top_k;
+  float* top_p;
+  float* min_p;
+  uint64_t* seed;
+  int32_t* choice;
+  int32_t* adjust_begin;
+  int32_t* adjust_end;
+  int32_t* adjust_token;
+  float* adjust_penalty;
+  float* adjust_bias;
+  float* adjust_kept;
+};
+constexpr int64_t kRowColumns = 12;  // with an entry per row
+constexpr int64_t kColumnItemBytes[] = {4, 4, 4, 4, 4, 4, 4, 4, 8, 4, 4, 4, 4, 4, 4, 4};
 
 }  // namespace flashformer

@@ -1,9 +1,11 @@
 // lm_head: final norm and logits of the rows that want something, and this worker's best token for each: the largest
-// logit, or with a temperature the largest logit / T + Gumbel noise; ties go to the lower id. Stores logits on request.
+// logit, or with a temperature the largest logit / T + Gumbel noise; ties go to the lower id. Stores logits on request,
+// and for `sample` where the choice needs all of them.
 #pragma once
 
 #include <cfloat>
 
+#include "choose.h"
 #include "input.h"
 #include "noise.h"
 #include "product.h"
@@ -38,12 +40,16 @@ void lm_head(Worker& worker, const Phase& phase, const Span& span) {
     for (int64_t i = 0; i < forward.n_head_rows; ++i, sums += kPad) {
       const int32_t r = forward.head_row[i];
       const float temperature = forward.row.temperature[r];
+      const bool chosen_later = chooses_from_logits(forward.row, r);
       for (int64_t o = 0; o < phase.vectors * kLanes; o += kLanes) {
         F logit = V::mul(V::load(sums + o), scale);
         nonzero = V::fma(logit, V::zero(), nonzero);
         if (phase.softcap > 0) logit = soft_capped<V>(logit, softcap);
         V::store(sums + o, logit);
-        if (forward.row.want[r] == kWantLogits) V::store(forward.logits() + i * model.logits_stride + first + o, logit);
+        if (chosen_later || forward.row.want[r] == kWantLogits) {
+          V::store(forward.logits() + i * model.logits_stride + first + o, logit);
+        }
+        if (chosen_later) continue;
         if (temperature > 0) {
           float noise[16];
           gumbel16<V>(forward.row.seed[r], forward.row.choice[r], forward.row.pos[r], first + o, noise);

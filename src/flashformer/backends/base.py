@@ -8,7 +8,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from ..program.ir import Program
+from ..program.ir import Program, Target
 
 
 class Want(IntEnum):
@@ -19,21 +19,60 @@ class Want(IntEnum):
     LOGITS = 2  # logits and, as they are there, the token too
 
 
+# Columns of Rows, in the order in which native code takes them: those with an entry per row, then those per adjustment.
+ROW_COLUMNS: dict[str, np.dtype] = {
+    "token": np.dtype("<i4"),
+    "slot": np.dtype("<i4"),
+    "pos": np.dtype("<i4"),
+    "want": np.dtype("<i4"),  # Want
+    "temperature": np.dtype("<f4"),  # 0: greedy
+    "top_k": np.dtype("<i4"),  # 0: off
+    "top_p": np.dtype("<f4"),  # 1: off
+    "min_p": np.dtype("<f4"),  # 0: off
+    "seed": np.dtype("<u8"),
+    "choice": np.dtype("<i4"),  # index of the choice, part of the noise key
+    "adjust_begin": np.dtype("<i4"),  # the row's adjustments are [begin, end), each token once
+    "adjust_end": np.dtype("<i4"),
+}
+ADJUST_COLUMNS: dict[str, np.dtype] = {
+    "adjust_token": np.dtype("<i4"),
+    "adjust_penalty": np.dtype("<f4"),  # divides a positive logit, multiplies another
+    "adjust_bias": np.dtype("<f4"),  # added after that
+    "adjust_kept": np.dtype("<f4"),  # where a kernel keeps the logit meanwhile
+}
+MAX_BIASES = 1024  # adjustments of one row beyond one for every position
+
+
 class Rows:
     """The rows of one forward, filled in place by the engine; the first `n` given to `forward` count.
 
     Rows of one slot are adjacent and have consecutive positions; positions below the first are in the
-    slot's KV cache already. At most MAX_HEAD_ROWS rows want something.
+    slot's KV cache already. At most MAX_HEAD_ROWS rows want something. sampling.py says what they get.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.token = np.zeros(capacity, np.int32)
-        self.slot = np.zeros(capacity, np.int32)
-        self.pos = np.zeros(capacity, np.int32)
-        self.want = np.zeros(capacity, np.int32)  # Want
-        self.temperature = np.zeros(capacity, np.float32)  # 0: greedy
-        self.seed = np.zeros(capacity, np.uint64)
-        self.choice = np.zeros(capacity, np.int32)  # index of the choice, part of the noise key
+    token: NDArray[np.int32]
+    slot: NDArray[np.int32]
+    pos: NDArray[np.int32]
+    want: NDArray[np.int32]
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    seed: NDArray[np.uint64]
+    choice: NDArray[np.int32]
+    adjust_begin: NDArray[np.int32]
+    adjust_end: NDArray[np.int32]
+    adjust_token: NDArray[np.int32]
+    adjust_penalty: NDArray[np.float32]
+    adjust_bias: NDArray[np.float32]
+    adjust_kept: NDArray[np.float32]
+
+    def __init__(self, target: Target) -> None:
+        n_adjustments = target.streams * (target.ctx + MAX_BIASES)
+        for columns, n in ((ROW_COLUMNS, target.rows), (ADJUST_COLUMNS, n_adjustments)):
+            for name, dtype in columns.items():
+                setattr(self, name, np.zeros(n, dtype))
+        self.top_p[:] = 1
 
 
 class Kernel(ABC):

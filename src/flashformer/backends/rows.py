@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 from ..errors import RequestError
 from ..program.ir import MAX_HEAD_ROWS, Program
@@ -49,13 +52,40 @@ def read_rows(rows: Rows, n_rows: int, program: Program) -> Batch:
     head_rows = tuple(i for i, want in enumerate(wants) if want)
     if len(head_rows) > MAX_HEAD_ROWS:
         raise RequestError(f"{len(head_rows)} rows want a token or logits, expected at most {MAX_HEAD_ROWS}")
+    adjusted = 0  # adjustments of the rows before
     for row in head_rows:
-        temperature, choice = float(rows.temperature[row]), int(rows.choice[row])
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise RequestError(f"row {row}: temperature is {temperature}, expected a finite number, 0 or more")
-        if choice < 0:
-            raise RequestError(f"row {row}: choice is {choice}, expected 0 or more")
+        for name, allowed, expected in _SAMPLING:
+            value = getattr(rows, name)[row].item()
+            if not allowed(value):
+                raise RequestError(f"row {row}: {name} is {value}, expected {expected}")
+        adjusted = _read_adjustments(rows, row, adjusted, vocab_size)
     return Batch(n_rows, _runs(slots, positions), head_rows)
+
+
+_SAMPLING: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("temperature", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
+    ("top_k", lambda x: x >= 0, "0 or more"),
+    ("top_p", lambda x: 0 < x <= 1, "a number above 0, at most 1"),
+    ("min_p", lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    ("choice", lambda x: x >= 0, "0 or more"),
+)
+
+
+def _read_adjustments(rows: Rows, row: int, after: int, vocab_size: int) -> int:
+    """Checks the adjustments of a row, which lie behind those of the rows before; gives their end."""
+    begin, end = int(rows.adjust_begin[row]), int(rows.adjust_end[row])
+    if begin == end and 0 <= end <= len(rows.adjust_token):
+        return after
+    if not after <= begin < end <= len(rows.adjust_token):
+        raise RequestError(
+            f"row {row}: adjustments [{begin}, {end}), expected a range from {after} to {len(rows.adjust_token)}"
+        )
+    ids, penalty, bias = (getattr(rows, f"adjust_{name}")[begin:end] for name in ("token", "penalty", "bias"))
+    if ids.min() < 0 or ids.max() >= vocab_size or len(np.unique(ids)) < len(ids):
+        raise RequestError(f"row {row}: adjusted token ids must be 0 to {vocab_size - 1}, each once")
+    if not ((penalty > 0) & np.isfinite(penalty)).all() or not np.isfinite(bias).all():
+        raise RequestError(f"row {row}: penalties must be positive and finite, biases finite")
+    return end
 
 
 def _runs(slots: list[int], positions: list[int]) -> tuple[Run, ...]:

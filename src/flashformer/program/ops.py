@@ -161,7 +161,7 @@ def _lm_head_writes(program: Program, phase: Phase, worker: int) -> tuple[Region
 
 
 def _sample_reads(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
-    return _whole(Space.CANDIDATES, program.target.n_workers)
+    return _whole(Space.CANDIDATES, program.target.n_workers) + _whole(Space.LOGITS, program.spec.vocab_size)
 
 
 def _sample_writes(program: Program, phase: Phase, worker: int) -> tuple[Region, ...]:
@@ -186,7 +186,14 @@ OPS = {
         OpInfo(Op.GATE_UP, 4, "norm, gate and up products, activation", True, _residual_all, _gate_up_writes),
         OpInfo(Op.DOWN, 5, "product, residual +=", True, _down_reads, _branch_writes),
         OpInfo(Op.LM_HEAD, 6, "norm, product, best token of the span", True, _residual_all, _lm_head_writes),
-        OpInfo(Op.SAMPLE, 7, "best token of all workers", False, _sample_reads, _sample_writes),
+        OpInfo(
+            Op.SAMPLE,
+            7,
+            "best token of all workers, or one chosen from the logits",
+            False,
+            _sample_reads,
+            _sample_writes,
+        ),
     )
 }
 

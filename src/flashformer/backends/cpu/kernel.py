@@ -15,7 +15,7 @@ from ...errors import DeviceError
 from ...program.ir import MAX_HEAD_ROWS, Op, Space
 from ...program.records import FlatProgram, flatten
 from .. import nonfinite
-from ..base import Kernel, Rows
+from ..base import ADJUST_COLUMNS, ROW_COLUMNS, Kernel, Rows
 from ..rows import read_rows
 from . import topology
 from .bandwidth import read_gb_s
@@ -69,7 +69,7 @@ class CpuKernel(Kernel):
         pack_weights(native, self._weights, program, weights, n_threads=min(target.n_workers, n_cpus))
         flat = flat or flatten(program)
         fill_ropes(work, program)
-        self.rows = rows = Rows(target.rows)
+        self.rows = rows = Rows(target)
         self._native = _start(
             native.Kernel,
             model=flat.model.view(np.uint8),
@@ -80,13 +80,7 @@ class CpuKernel(Kernel):
             weights=self._weights,
             kv=kv,
             work=work,
-            token=rows.token,
-            slot=rows.slot,
-            pos=rows.pos,
-            want=rows.want,
-            temperature=rows.temperature,
-            seed=rows.seed,
-            choice=rows.choice,
+            columns=[getattr(rows, name).view(np.uint8) for name in (*ROW_COLUMNS, *ADJUST_COLUMNS)],
             isa=self.isa,
             spins=SPINS if target.n_workers <= n_cpus else SPINS_OVERSUBSCRIBED,
             cpus=list(cpus),

@@ -22,7 +22,7 @@ class ReferenceKernel(Kernel):
     def __init__(self, checked: CheckedProgram, weights: Mapping[str, StoredTensor], seed: int = 0) -> None:
         """`weights`: tensors by role, matrices (n_out, k) in any stored format."""
         self.program = checked.program
-        self.rows = Rows(self.program.target.rows)
+        self.rows = Rows(self.program.target)
         self.tokens = np.full(MAX_HEAD_ROWS, -1, np.int32)
         self.logits = np.full((MAX_HEAD_ROWS, self.program.spec.vocab_size), np.nan, np.float32)
         self._rng = np.random.default_rng(seed)

@@ -25,6 +25,7 @@ from ...program.ops import EMBED_BLOCK
 from ...program.pack import row_map
 from ..noise import gumbel
 from ..nonfinite import in_logits, in_residual
+from ..sampling import choose, chooses_from_logits
 from .state import F32Array, State
 
 Index = NDArray[np.int64]
@@ -129,9 +130,11 @@ def lm_head(state: State, phase: Phase, worker: int) -> None:
 
 
 def sample(state: State, phase: Phase, worker: int) -> None:
-    """The best token of all workers; the lowest id among equals. A unit is a head row."""
+    """A unit is a head row: the best token of all workers, lowest id first, or one chosen from its logits."""
     for i in _units(phase, worker):
-        if i < len(state.batch.head_rows):
+        if i < len(state.batch.head_rows) and chooses_from_logits(state.rows, state.batch.head_rows[i]):
+            state.tokens[i] = choose(state.rows, state.batch.head_rows[i], state.logits[i])
+        elif i < len(state.batch.head_rows):
             scores = state.candidate_scores[:, i]
             assert not np.isnan(scores).any(), "a worker left no candidate"
             state.tokens[i] = state.candidate_ids[scores == scores.max(), i].min()
