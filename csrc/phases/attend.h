@@ -194,7 +194,7 @@ inline void attend_unit(Worker& worker, const Phase& phase, const Group& group, 
 template <class V, class KV>
 void attend(Worker& worker, const Phase& phase, const Span& span) {
   const Forward& forward = *worker.forward;
-  const int64_t heads = phase.n_kv_heads, streams = forward.model.streams;
+  const int64_t heads = phase.n_kv_heads, groups = forward.n_groups;
   int64_t first_chunk = INT64_MAX, chunks = 0;  // that any group of this forward sees
   for (int g = 0; g < forward.n_groups; ++g) {
     const Group& group = forward.groups[g];
@@ -203,18 +203,16 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
     if (first < first_chunk) first_chunk = first;
     if (last / kKeyChunk + 1 > chunks) chunks = last / kKeyChunk + 1;
   }
-  const int64_t end = span.end < chunks * streams * heads ? span.end : chunks * streams * heads;
+  const int64_t end = span.end < chunks * groups * heads ? span.end : chunks * groups * heads;
   int64_t unit = span.begin;
-  if (const int64_t skipped = first_chunk * streams * heads - unit; skipped > 0) {
+  if (const int64_t skipped = first_chunk * groups * heads - unit; skipped > 0) {
     unit += (skipped + span.step - 1) / span.step * span.step;
   }
   if (unit < end) qk_factors<V>(worker, phase);
   for (; unit < end; unit += span.step) {
     worker.begin_unit(unit);
-    const int64_t index = unit / heads % streams;
-    if (index >= forward.n_groups) continue;
-    const int64_t first_key = unit / (streams * heads) * kKeyChunk;
-    attend_unit<V, KV>(worker, phase, forward.groups[index], first_key, unit % heads);
+    const int64_t first_key = unit / (groups * heads) * kKeyChunk;
+    attend_unit<V, KV>(worker, phase, forward.groups[unit / heads % groups], first_key, unit % heads);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cstddef>
 
 #include "../forward.h"
 #include "math.h"
@@ -36,7 +37,9 @@ inline float sum_of_squares(const float* x, int64_t n) {
     }
   }
   for (int j = 0; i < n; i += kLanes, ++j) {
-    F v = V::first(n - i, V::load(x + i), V::zero());
+    float rest[kLanes] = {};
+    __builtin_memcpy(rest, x + i, static_cast<std::size_t>(n - i < kLanes ? n - i : kLanes) * sizeof(float));
+    F v = V::load(rest);
     sums[j] = V::fma(v, v, sums[j]);
   }
   return sum_lanes<V>(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));

@@ -36,7 +36,7 @@ template <class V>
 inline typename V::F silu(typename V::F x) {
   using F = typename V::F;
   F e = exp<V>(V::sub(V::zero(), x));
-  return V::div(x, V::add(e, V::set1(1.0f)));
+  return V::div(V::max(V::set1(-128.0f), x), V::add(e, V::set1(1.0f)));  // below, exp is at its limit; NaN stays
 }
 
 // GELU by its tanh approximation (Hendrycks & Gimpel 2016): x * (1 + tanh(u)) / 2 = x * sigmoid(2u) with
@@ -46,7 +46,7 @@ inline typename V::F gelu_tanh(typename V::F x) {
   using F = typename V::F;
   F cubic = V::fma(V::mul(V::mul(x, x), V::set1(0.044715f)), x, x);
   F e = exp<V>(V::mul(cubic, V::set1(-1.5957691216f)));
-  return V::div(x, V::add(e, V::set1(1.0f)));
+  return V::div(V::max(V::set1(-128.0f), x), V::add(e, V::set1(1.0f)));
 }
 
 // softcap * tanh(x / softcap), tanh(y) = 1 - 2 / (e^2y + 1): exact to 1e-7 of softcap.

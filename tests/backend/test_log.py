@@ -33,7 +33,7 @@ def expected_log(program: Program, worker: int, *, last_pos: int, head: bool) ->
             assert item.phase == p
             entries.append((p, TAPE, item.end - item.begin, item.begin))
         if phase.op is Op.ATTEND:  # chunks that no row has reached yet hold nothing
-            per_chunk = program.target.streams * program.spec.layers[phase.layer].n_kv_heads
+            per_chunk = program.spec.layers[phase.layer].n_kv_heads  # of the one group
             end = min(end, (last_pos // KEY_CHUNK + 1) * per_chunk)
         entries += [(p, UNIT, unit, 0) for unit in range(span.begin, end, span.step)]
     return entries

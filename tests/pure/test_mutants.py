@@ -13,7 +13,7 @@ from programs import conflicts, goes_wrong, program, spec, wait_mutants, with_ph
 from flashformer.check import findings
 from flashformer.model.spec import QkNorm
 from flashformer.program import Program
-from flashformer.program.ir import Fold, Op, Space, Span, Vector
+from flashformer.program.ir import Fold, Op, Order, Space, Span, Vector
 from flashformer.program.tape import make_tapes
 
 SHAPES = {
@@ -174,8 +174,41 @@ def fold_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
         yield f"phase {p} does not fold", with_phase(sound, p, fold=None)
         other = Space.FFN_OUT if phase.fold.space is Space.ATTENTION_OUT else Space.ATTENTION_OUT
         yield f"phase {p} folds {other}", with_phase(sound, p, fold=dataclasses.replace(phase.fold, space=other))
+        for field, value in (("scale", 0.5), ("norm_eps", 1e-3)):
+            yield f"phase {p} {field}", with_phase(sound, p, fold=dataclasses.replace(phase.fold, **{field: value}))
+        for by in (-64, 4, 10**9):
+            norm = dataclasses.replace(phase.fold.norm, offset=phase.fold.norm.offset + by)
+            yield f"phase {p} fold at {by}", with_phase(sound, p, fold=dataclasses.replace(phase.fold, norm=norm))
         short = dataclasses.replace(phase.fold.norm, length=phase.fold.norm.length - 64)
         yield f"phase {p} short norm", with_phase(sound, p, fold=dataclasses.replace(phase.fold, norm=short))
+
+
+def model_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
+    """Phases with a tensor too few, with another's, or with another factor; models that no kernel computes."""
+    for p, phase in enumerate(sound.phases):
+        for kind in ("norm", "bias", "q_norm", "k_norm"):
+            vector: Any = getattr(phase, kind)
+            if vector is not None:
+                yield f"phase {p} no {kind}", with_phase(sound, p, **{kind: None})
+                other = dataclasses.replace(vector, roles=("layers.9.x",))
+                yield f"phase {p} another {kind}", with_phase(sound, p, **{kind: other})
+        yield f"phase {p} scale", with_phase(sound, p, scale=phase.scale * 7)
+        yield f"phase {p} eps", with_phase(sound, p, norm_eps=phase.norm_eps + 1e-3)
+        if phase.matrix is not None:
+            roles = dataclasses.replace(phase.matrix, roles=phase.matrix.roles[::-1] + ("x",))
+            yield f"phase {p} roles", with_phase(sound, p, matrix=roles)
+            order = Order.PLAIN if phase.matrix.order is Order.ALTERNATE else Order.ALTERNATE
+            yield f"phase {p} order", with_phase(sound, p, matrix=dataclasses.replace(phase.matrix, order=order))
+    first, *rest = sound.spec.layers
+    for change in ({"window": 0}, {"window": -5}, {"n_heads": 5}, {"head_dim": 13}, {"post_norm": not first.post_norm}):
+        layers = (dataclasses.replace(first, **change), *rest)  # type: ignore[arg-type]
+        yield str(change), dataclasses.replace(sound, spec=dataclasses.replace(sound.spec, layers=layers))
+    for buffer in sound.memory.buffers:
+        if buffer.space is Space.PARTIAL:
+            wide = dataclasses.replace(buffer, shape=(buffer.shape[0], buffer.shape[1] + 64))
+            buffers = tuple(wide if b is buffer else b for b in sound.memory.buffers)
+            memory = dataclasses.replace(sound.memory, buffers=buffers, buffers_bytes=2 * sound.memory.buffers_bytes)
+            yield "wide partials", dataclasses.replace(sound, memory=memory)
 
 
 def whole_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
@@ -198,7 +231,7 @@ def whole_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
         yield f"{field} {value}", dataclasses.replace(sound, target=target)
 
 
-@pytest.mark.parametrize("mutants", [tape_mutants, memory_mutants, matrix_mutants, fold_mutants, whole_mutants])
+@pytest.mark.parametrize("mutants", [tape_mutants, memory_mutants, matrix_mutants, fold_mutants, model_mutants, whole_mutants])
 @cases
 def test_every_other_mutant_is_found(
     shape: str, n_workers: int, mutants: Callable[[Program], Iterator[tuple[str, Program]]]

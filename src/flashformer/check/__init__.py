@@ -11,6 +11,7 @@ from .balance import balance
 from .bounds import bounds
 from .coverage import cover
 from .facts import Finding, gather
+from .faithful import faithful
 from .order import order
 from .progress import progress
 
@@ -28,7 +29,7 @@ class CheckedProgram:
 
 
 def check(program: Program) -> CheckedProgram:
-    """Proves bounds, coverage, order, progress and balance. Raises ProgramError with the findings otherwise."""
+    """Proves what `_prove` lists: bounds to balance. Raises ProgramError with the findings otherwise."""
     found, proved = _prove(program)
     if found:
         more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
@@ -55,7 +56,7 @@ def _prove(program: Program) -> tuple[list[Finding], dict[str, int]]:
     proved |= covered
     if found:
         return found, proved
-    for more, counts in (order(program, facts), progress(program), balance(program)):
+    for more, counts in (faithful(program), order(program, facts), progress(program), balance(program)):
         found += more
         proved |= counts
     return found, proved

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..model.spec import MAX_HEAD_DIM, QkNorm
-from ..program.ir import LANES, MAX_HEAD_ROWS, Op, PackedMatrix, Phase, Program, Space
-from ..program.memory import branches, layer_kv_elements, rope_offsets, scratch_bytes
+from ..program.ir import LANES, MAX_HEAD_ROWS, Op, Order, PackedMatrix, Phase, Program, Space
+from ..program.memory import branches, head_dim_padded, layer_kv_elements, rope_offsets, scratch_bytes
 from ..program.ops import EMBED_BLOCK, OPS, attend_units, n_chunks, qkv_width
 from ..program.pack import row_map
 from .facts import Finding, phase_name, task_name
@@ -35,7 +35,7 @@ def bounds(program: Program) -> tuple[list[Finding], dict[str, int]]:
     """Findings, and how many spans and byte ranges were proved."""
     messages = [*_target(program), *_spans(program)]
     if not messages:
-        messages = [*_matrices(program), *_vectors(program), *_folds(program)]
+        messages = [*_matrices(program), *_vectors(program)]
         messages += [*_weights(program), *_buffers(program), *_sizes(program)]
     n_ranges = len(program.phases) * program.target.n_workers + len(_weight_ranges(program))
     n_ranges += len(program.memory.buffers)
@@ -55,6 +55,10 @@ def _target(program: Program) -> Iterator[str]:
     for index, layer in enumerate(program.spec.layers):
         if layer.head_dim % 2 or not 2 <= layer.head_dim <= MAX_HEAD_DIM:
             yield f"layer {index}: head_dim is {layer.head_dim}, expected an even number up to {MAX_HEAD_DIM}"
+        if layer.window is not None and layer.window < 1:
+            yield f"layer {index}: window is {layer.window}, expected at least 1"
+        if not 1 <= layer.n_kv_heads <= layer.n_heads or layer.n_heads % layer.n_kv_heads:
+            yield f"layer {index}: {layer.n_heads} heads over {layer.n_kv_heads} of keys, expected a multiple"
         if layer.rope and (layer.rope.rotary_dim % 2 or not 2 <= layer.rope.rotary_dim <= layer.head_dim):
             yield f"layer {index}: rotary_dim is {layer.rope.rotary_dim}, expected an even number up to head_dim"
     if target.streams > MAX_STREAMS:
@@ -129,7 +133,9 @@ def _matrices(program: Program) -> Iterator[str]:
             yield f"{name}: {matrix.vectors} vectors per tile, expected one of {TILE_VECTORS}"
         if phase.op is Op.GATE_UP and matrix.vectors % 2:
             yield f"{name}: {matrix.vectors} vectors per tile, expected an even number: gate beside up"
-        if matrix.n_tiles * matrix.tile_outputs < matrix.n_out:
+        if matrix.order is not (order := Order.ALTERNATE if phase.op is Op.GATE_UP else Order.PLAIN):
+            yield f"{name}: outputs in order {matrix.order.value}, expected {order.value}"
+        elif matrix.n_tiles * matrix.tile_outputs < matrix.n_out:
             yield f"{name}: {matrix.n_tiles} tiles of {matrix.tile_outputs} outputs for {matrix.n_out} rows"
         else:
             yield from _row_map(name, matrix)
@@ -152,22 +158,6 @@ def _vectors(program: Program) -> Iterator[str]:
                 yield f"{phase_name(program, index)}: {name} of {vector.length} floats for {needed[name]}"
 
 
-def _folds(program: Program) -> Iterator[str]:
-    """Every branch with a norm to come is folded in by the next phase that reads the residual, and then added."""
-    due = None  # the space of the branch that the residual lacks
-    for index, phase in enumerate(program.phases):
-        if phase.op not in (Op.QKV, Op.O_PROJ, Op.GATE_UP, Op.DOWN, Op.LM_HEAD):
-            continue
-        found = phase.fold.space if phase.fold else None
-        if found is not due:
-            yield f"{phase_name(program, index)}: folds in {found}, but the residual lacks {due}"
-        if phase.op in (Op.O_PROJ, Op.DOWN):
-            due = None if phase.to is Space.RESIDUAL else phase.to
-            own = Space.ATTENTION_OUT if phase.op is Op.O_PROJ else Space.FFN_OUT
-            if due not in (None, own):
-                yield f"{phase_name(program, index)}: puts its result into {due}, expected {own} or the residual"
-
-
 def _row_map(name: str, matrix: PackedMatrix) -> Iterator[str]:
     rows, n_packed = row_map(matrix), matrix.n_tiles * matrix.tile_outputs
     if len(rows) != n_packed:
@@ -184,7 +174,7 @@ def _weight_ranges(program: Program) -> list[Range]:
         if phase.matrix is not None:
             ranges.append(Range(f"{name} tiles", phase.matrix.offset, phase.matrix.offset + phase.matrix.n_bytes))
         for kind, vector in phase.vectors.items():
-            if kind != "fold" or phase.op in (Op.O_PROJ, Op.DOWN, Op.LM_HEAD):  # where it is read last
+            if kind != "fold" or phase.op in (Op.O_PROJ, Op.DOWN, Op.LM_HEAD):  # qkv and gate_up fold the same
                 ranges.append(Range(f"{name} {kind}", vector.offset, vector.offset + 4 * vector.length))
     if not program.spec.tied:
         n_bytes = program.spec.vocab_size * program.spec.d_model * program.target.weight_format.element_bytes
@@ -238,6 +228,8 @@ def _buffers(program: Program) -> Iterator[str]:
         extra = 2 if space is Space.PARTIAL else 0  # the maximum and the sum follow whole vectors
         if (stride - extra) % whole:
             yield f"buffer {space.value} has {stride} elements per row, expected a multiple of {whole} plus {extra}"
+        if space is Space.PARTIAL and stride != (heads := max(map(head_dim_padded, program.spec.layers)) + extra):
+            yield f"buffer {space.value} has {stride} elements per row, expected {heads}: scratch is laid out by it"
     ranges = [Range(f"buffer {b.space.value}", b.offset, b.offset + b.n_bytes) for b in memory.buffers]
     behind = memory.rope_bytes + memory.scratch_bytes * target.n_workers
     yield from _placed(ranges, memory.buffers_bytes - behind, "the arena before rope table and scratch")

@@ -35,8 +35,8 @@ def input_stride(spec: ModelSpec) -> int:
 
 def scratch_bytes(spec: ModelSpec, target: Target) -> int:
     """Private to a worker: the input of a product (rows, k), tile sums (rows, 64), scores (SCORE_ROWS, 256), a row of
-    the residual with its fold (d_model), rotated queries (SCORE_ROWS, head_dim), the scales of queries and keys whose
-    norm takes all heads (rows, 2); all f32.
+    the residual with its fold (d_model), rotated heads (SCORE_ROWS, head_dim), factors of folds and of norms over all
+    heads (rows, 2); all f32.
     """
     heads = SCORE_ROWS * max(head_dim_padded(la) for la in spec.layers)
     per_row = target.rows * (input_stride(spec) + 4 * LANES + 2)

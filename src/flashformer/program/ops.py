@@ -14,8 +14,9 @@ A region is an interval of one buffer in that buffer's own coordinate:
 
 All rows of a forward are always meant. Units: a product's unit is a tile; embed's is a block of EMBED_BLOCK
 columns; sample's is a head row (the i-th row that wants something); attend's is (chunk, group, kv head),
-flattened as (chunk * streams + group) * n_kv_heads + kv_head, where a group is a run of rows of one slot. Within a
-forward groups and slots correspond one to one, so a unit is also a piece of the KV cache that nobody else touches.
+flattened as (chunk * n_groups + group) * n_kv_heads + kv_head, where a group is a run of rows of one slot and
+n_groups counts those of the forward, at most `streams`. Within a forward groups and slots correspond one to one, so
+a unit is also a piece of the KV cache that nobody else touches.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from .ir import LANES, Order, PackedMatrix
 
+PACK_VERSION = 1  # of the layout below; a packed file of another one is packed anew
+
 
 def row_map(matrix: PackedMatrix) -> NDArray[np.int32]:
     """(n_tiles * tile_outputs) source row of each packed output among the stacked sources, -1 for padding."""

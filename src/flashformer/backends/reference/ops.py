@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats import round_to
+from ...formats import BF16, round_to
 from ...model.spec import Activation, QkNorm, RopeSpec
 from ...program.ir import KEY_CHUNK, Op, Phase, Space, Vector
 from ...program.ops import EMBED_BLOCK
@@ -57,10 +57,8 @@ def attend(state: State, phase: Phase, worker: int) -> None:
     layer, batch, target = state.program.spec.layers[phase.layer], state.batch, state.program.target
     keys, values = state.keys[phase.layer], state.values[phase.layer]
     for unit in _units(phase, worker):
-        group, kv_head = divmod(unit % (target.streams * layer.n_kv_heads), layer.n_kv_heads)
-        first_key = unit // (target.streams * layer.n_kv_heads) * KEY_CHUNK
-        if group >= len(batch.runs):
-            continue
+        group, kv_head = divmod(unit % (len(batch.runs) * layer.n_kv_heads), layer.n_kv_heads)
+        first_key = unit // (len(batch.runs) * layer.n_kv_heads) * KEY_CHUNK
         run = batch.runs[group]
         rows = np.arange(run.begin, run.end)
         positions = run.pos + rows - run.begin
@@ -206,8 +204,8 @@ def _product(state: State, phase: Phase, worker: int, x: F32Array) -> tuple[Inde
     matrix, span = phase.matrix, phase.spans[worker]
     assert matrix is not None
     target = state.program.target
-    if not target.exact:
-        x = round_to(x, target.weight_format)
+    if target.weight_format is BF16 and not target.exact:
+        x = round_to(x, BF16)
     outputs = np.arange(span.begin * matrix.tile_outputs, span.end * matrix.tile_outputs)
     sources = row_map(matrix)[outputs].astype(np.int64)
     outputs, sources = outputs[sources >= 0], sources[sources >= 0]
