@@ -148,12 +148,13 @@ using Matrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
 using InFile = std::tuple<int, int64_t, int64_t, int64_t>;  // (fd, offset, rows, bytes from one row to the next)
 using MatrixOrFile = std::variant<Matrix, InFile>;
 
-Source source_from(const MatrixOrFile& from, int64_t format) {
+Source source_from(const MatrixOrFile& from, int64_t format, int64_t k) {
   if (const InFile* file = std::get_if<InFile>(&from)) {
     const auto& [fd, offset, rows, row_bytes] = *file;
     return {nullptr, fd, offset, rows, row_bytes, static_cast<Format>(format)};
   }
   const Matrix& array = std::get<Matrix>(from);
+  if (static_cast<int64_t>(array.shape(1)) != k) throw std::invalid_argument("a source has another k");
   if (array.stride(1) != 1) throw std::invalid_argument("rows of a source must be contiguous");
   return {static_cast<const char*>(array.data()),
           -1,
@@ -167,16 +168,28 @@ int64_t pack(Region& region, int64_t offset, int64_t format, int64_t vectors, in
              int64_t k_padded, const Column<const int32_t>& row_map, const std::vector<MatrixOrFile>& sources,
              int64_t source_format, int n_threads) {
   PackJob job{region.data() + offset, static_cast<Format>(format), vectors, n_tiles, k, k_padded, row_map.data(), {}};
-  for (const MatrixOrFile& source : sources) job.sources.push_back(source_from(source, source_format));
+  for (const MatrixOrFile& source : sources) job.sources.push_back(source_from(source, source_format, k));
   nb::gil_scoped_release released;
   return pack_tiles(job, n_threads);
 }
 
 int64_t copy(Region& region, int64_t offset, int64_t format, int64_t k, const MatrixOrFile& rows, int64_t source_format,
              int n_threads) {
-  const Source source = source_from(rows, source_format);
+  const Source source = source_from(rows, source_format, k);
   nb::gil_scoped_release released;
   return copy_rows(region.data() + offset, static_cast<Format>(format), source, k, n_threads);
+}
+
+void block_sums(const Bytes& buffer, int64_t block_bytes,
+                const nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& sums, int n_threads) {
+  const int64_t n_bytes = static_cast<int64_t>(buffer.size());
+  if (n_bytes % 512 || block_bytes % 512 || block_bytes <= 0) throw std::invalid_argument("bytes in units of 512");
+  if (static_cast<int64_t>(sums.size()) != (n_bytes + block_bytes - 1) / block_bytes) {
+    throw std::invalid_argument("one sum for each block");
+  }
+  const SumOf sum = supported_isas().back().sum;
+  nb::gil_scoped_release released;
+  sum_blocks(reinterpret_cast<const char*>(buffer.data()), n_bytes, block_bytes, sum, sums.data(), n_threads);
 }
 
 double probe(const Bytes& buffer, int n_threads, int mode, double min_seconds) {
@@ -205,6 +218,10 @@ NB_MODULE(_cpu, m) {
 
   nb::class_<Region>(m, "Region", "Zeroed memory, in huge pages where they can be had.")
       .def(nb::init<std::size_t, bool>(), "n_bytes"_a, "resident"_a = true)
+      .def_static(
+          "map",
+          [](int fd, std::size_t offset, std::size_t n_bytes) { return std::make_unique<Region>(fd, offset, n_bytes); },
+          "fd"_a, "offset"_a, "n_bytes"_a, "A part of an open file, mapped read-only; raises OSError.")
       .def_prop_ro("array", [](nb::object self) {
         Region& region = nb::cast<Region&>(self);
         return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(region.data(), {region.size()}, self);
@@ -229,6 +246,8 @@ NB_MODULE(_cpu, m) {
         "A source is a matrix, or (fd, offset, rows, row bytes) of one in a file.");
   m.def("copy", &copy, "region"_a, "offset"_a, "format"_a, "k"_a, "rows"_a, "source_format"_a, "n_threads"_a,
         "Copies rows, converted; returns as pack does.");
+  m.def("block_sums", &block_sums, "buffer"_a, "block_bytes"_a, "sums"_a, "n_threads"_a,
+        "Sums of the 8-byte words of each block, into `sums`.");
   m.def("probe", &probe, "buffer"_a, "n_threads"_a, "mode"_a, "min_seconds"_a,
         "Read bandwidth in GB/s; mode 0: plain loads, 1: prefetched.");
 }

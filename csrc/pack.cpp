@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "element.h"
+#include "simd/thread.h"
 
 namespace flashformer {
 
@@ -44,9 +45,10 @@ enum class Row { kGood, kNotFinite, kUnread };
 // The row in `format`; it lies in the source or in one of the buffers.
 Row prepare_row(const Source& source, int64_t row, int64_t k, Format format, Buffers& buffers, const char** out) {
   const int64_t in_size = bytes_of(source.format), out_size = bytes_of(format);
-  const char* in = source.data + row * source.row_bytes;
-  if (!source.data) {
-    in = buffers.read.data();
+  const char* in = buffers.read.data();
+  if (source.data) {
+    in = source.data + row * source.row_bytes;
+  } else {
     if (!read_fully(source.fd, buffers.read.data(), k * in_size, source.offset + row * source.row_bytes)) {
       return Row::kUnread;
     }
@@ -86,15 +88,20 @@ void share(int64_t n, int n_threads, int64_t k, Body body) {
   std::vector<std::jthread> threads;  // joined also where one cannot be started
   for (int t = 0; t < n_threads; ++t) {
     Buffers& buffers = all[static_cast<std::size_t>(t)];
-    threads.emplace_back([=, &buffers] { body(n * t / n_threads, n * (t + 1) / n_threads, buffers); });
+    threads.emplace_back([=, &buffers] {
+      const DefaultRounding rounding;
+      body(n * t / n_threads, n * (t + 1) / n_threads, buffers);
+    });
   }
 }
 
-// Keeps what the caller hears of; a failure to read counts most.
+// Keeps what the caller hears of: a failure to read counts most, then the first row that is not finite.
 void report(std::atomic<int64_t>& result, Row found, int64_t row) {
   if (found == Row::kUnread) result.store(kReadFailed);
-  int64_t none = kAllGood;
-  if (found == Row::kNotFinite) result.compare_exchange_strong(none, row);
+  int64_t seen = result.load();
+  while (found == Row::kNotFinite && (seen == kAllGood || row < seen) && seen != kReadFailed &&
+         !result.compare_exchange_weak(seen, row)) {
+  }
 }
 
 const Source& source_of(const PackJob& job, int64_t* row) {
@@ -131,6 +138,16 @@ int64_t pack_tiles(const PackJob& job, int n_threads) {
     }
   });
   return result.load();
+}
+
+void sum_blocks(const char* begin, int64_t n_bytes, int64_t block_bytes, SumOf sum, uint64_t* sums, int n_threads) {
+  const int64_t n_blocks = (n_bytes + block_bytes - 1) / block_bytes;
+  share(n_blocks, n_threads, 0, [&](int64_t first, int64_t last, Buffers&) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t at = b * block_bytes, left = n_bytes - at;
+      sums[b] = sum(begin + at, left < block_bytes ? left : block_bytes, true);
+    }
+  });
 }
 
 int64_t copy_rows(char* out, Format format, const Source& source, int64_t k, int n_threads) {

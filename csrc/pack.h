@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "generated/program.h"
+#include "simd/isa.h"
 
 namespace flashformer {
 
@@ -32,6 +33,9 @@ struct PackJob {
 
 // Packs with n_threads. Returns the stacked row of an element that is NaN or Inf, kReadFailed, or kAllGood.
 int64_t pack_tiles(const PackJob& job, int n_threads);
+
+// Sums of the 8-byte words of every block of `block_bytes`, a multiple of 512, in [begin, begin + n_bytes).
+void sum_blocks(const char* begin, int64_t n_bytes, int64_t block_bytes, SumOf sum, uint64_t* sums, int n_threads);
 
 // Copies rows in row-major order, converted to `format`. Returns as above.
 int64_t copy_rows(char* out, Format format, const Source& source, int64_t k, int n_threads);

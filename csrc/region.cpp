@@ -2,8 +2,10 @@
 
 #include <sys/mman.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <new>
+#include <system_error>
 
 namespace flashformer {
 
@@ -24,6 +26,12 @@ Region::Region(std::size_t n_bytes, bool resident) : size_(n_bytes) {
   }
   if (!resident) return;
   for (std::size_t at = 0; at < pages; at += kPage) *const_cast<volatile char*>(data_ + at) = 0;
+}
+
+Region::Region(int fd, std::size_t offset, std::size_t n_bytes) : mapped_(n_bytes), size_(n_bytes) {
+  void* p = mmap(nullptr, n_bytes, PROT_READ, MAP_PRIVATE | MAP_POPULATE, fd, static_cast<off_t>(offset));
+  if (p == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
+  mapping_ = data_ = static_cast<char*>(p);
 }
 
 Region::~Region() { munmap(mapping_, mapped_); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from .errors import RequestError
 
@@ -15,6 +16,21 @@ def isa() -> str | None:
     if value is not None and value not in ISAS:
         raise RequestError(f"FLASHFORMER_ISA={value!r}: expected one of {', '.join(ISAS)}")
     return value
+
+
+def cache_folder() -> Path | None:
+    """FLASHFORMER_CACHE: where packed weights are kept, `off` for nowhere; else below XDG_CACHE_HOME or ~/.cache."""
+    value = os.environ.get("FLASHFORMER_CACHE")
+    if value == "off":
+        return None
+    if value:
+        return Path(value)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "flashformer"
+    try:
+        return Path.home() / ".cache" / "flashformer"
+    except RuntimeError:  # no home folder
+        return None
 
 
 def delays() -> int:

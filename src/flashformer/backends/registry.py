@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..check import CheckedProgram
     from ..checkpoint import Tensor
     from .cpu.topology import Threads
+    from .packed import Progress
 
 DEVICES = ("auto", "cpu", "cuda", "reference")  # reference: NumPy, for tests
 PROMPT_CHUNK = 64  # rows of a prompt per forward
@@ -27,8 +28,15 @@ def resolve_device(device: object) -> str:
     return "cpu" if device == "auto" else str(device)
 
 
-def load_kernel(checked: CheckedProgram, weights: Mapping[str, Tensor], *, device: str, threads: Threads) -> Kernel:
-    """Packs the weights and makes the kernel ready. `threads` says where the program's workers may be pinned.
+def load_kernel(
+    checked: CheckedProgram,
+    weights: Mapping[str, Tensor],
+    *,
+    device: str,
+    threads: Threads,
+    progress: Progress | None = None,
+) -> Kernel:
+    """Maps or packs the weights and makes the kernel ready. `threads` says where the program's workers may be pinned.
 
     Raises LoadError for weights that cannot be used, DeviceError where the machine cannot run the kernel.
     """
@@ -38,7 +46,7 @@ def load_kernel(checked: CheckedProgram, weights: Mapping[str, Tensor], *, devic
         return ReferenceKernel(checked, weights, seed=0)
     from .cpu.kernel import CpuKernel
 
-    return CpuKernel(checked, weights, cpus=threads.cpus)
+    return CpuKernel(checked, weights, cpus=threads.cpus, progress=progress)
 
 
 def native_isa() -> str | None:

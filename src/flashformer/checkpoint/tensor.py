@@ -37,6 +37,11 @@ class StoredFile:
         """When it was opened."""
         return self._opened[0]
 
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """What tells this content from another: path without links, bytes, time of the last write in ns."""
+        return (os.path.realpath(self.path), *self._opened)
+
     def read(self, offset: int, out: NDArray[Any]) -> None:
         """Fills the contiguous array `out` with the bytes from `offset`. Raises LoadError naming the file."""
         target, done = out.reshape(-1).view(np.uint8).data, 0

@@ -28,6 +28,7 @@ from .slots import Slots, Turns
 from .stats import Output
 
 if TYPE_CHECKING:
+    from ..backends.packed import Progress
     from ..checkpoint import Tokenizer
 
 Ids = Sequence[int] | NDArray[np.integer]
@@ -47,10 +48,12 @@ def load(
     prompt_chunk: int | None = None,
     revision: str | None = None,
     offline: bool = False,
+    progress: Progress | None = None,
 ) -> LLM:
     """Loads `demo`, a folder, a hub id or `shape:NAME` and makes it ready to run.
 
     Everything is allocated here: packed weights, the KV cache of `streams` slots of `ctx` positions, buffers.
+    `progress(what, done_bytes, total_bytes)` is called while weights are packed, in this thread.
     Raises LoadError for a model that cannot be used or does not fit, RequestError for an argument out of its
     range, DeviceError where this machine cannot run the kernel.
     """
@@ -72,7 +75,7 @@ def load(
     program = build(loaded.spec, setup.target)
     require_memory(program.memory, setup)
     checked = check(program)
-    kernel = load_kernel(checked, loaded.weights, device=setup.device, threads=setup.threads)
+    kernel = load_kernel(checked, loaded.weights, device=setup.device, threads=setup.threads, progress=progress)
     return LLM(loaded, setup, checked, kernel)
 
 

@@ -16,6 +16,7 @@ from ...program.ir import MAX_HEAD_ROWS, Op, Space
 from ...program.records import FlatProgram, flatten
 from .. import nonfinite
 from ..base import ADJUST_COLUMNS, ROW_COLUMNS, Kernel, Rows
+from ..packed import Progress, load_or_pack
 from ..rows import read_rows
 from . import topology
 from .bandwidth import read_gb_s
@@ -53,6 +54,7 @@ class CpuKernel(Kernel):
         cpus: Sequence[int] = (),
         flat: FlatProgram | None = None,
         log_capacity: int = 0,
+        progress: Progress | None = None,
     ) -> None:
         native = load_native()
         self.program = program = checked.program
@@ -60,13 +62,19 @@ class CpuKernel(Kernel):
         self.isa = env.isa() or native.isas()[-1]
         if self.isa not in native.isas():
             raise DeviceError(f"FLASHFORMER_ISA={self.isa}: this CPU has {', '.join(native.isas())}")
+        n_cpus = len(topology.affinity())
+        n_threads = min(target.n_workers, n_cpus)
         try:
-            self._weights = native.Region(memory.weights_bytes, resident=False)  # packing writes all of it
+            self._weights = load_or_pack(
+                native,
+                program,
+                weights,
+                n_threads,
+                lambda region: pack_weights(native, region, program, weights, n_threads, progress),
+            )
             kv, work = native.Region(memory.kv_bytes), native.Region(memory.buffers_bytes)
         except MemoryError as error:
             raise DeviceError(f"{memory.total_bytes:,} bytes of memory cannot be had: lower ctx or streams") from error
-        n_cpus = len(topology.affinity())
-        pack_weights(native, self._weights, program, weights, n_threads=min(target.n_workers, n_cpus))
         flat = flat or flatten(program)
         fill_ropes(work, program)
         self.rows = rows = Rows(target)

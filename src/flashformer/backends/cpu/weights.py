@@ -16,13 +16,23 @@ from ...program.ir import PackedMatrix, Program
 from ...program.memory import rope_offsets
 from ...program.pack import row_map
 from ...program.records import rope_begin
+from ..packed import Progress
 
 READ_FAILED = -2  # csrc/pack.h
 
 
-def pack_weights(native: Any, region: Any, program: Program, weights: Mapping[str, Tensor], n_threads: int) -> None:
+def pack_weights(
+    native: Any,
+    region: Any,
+    program: Program,
+    weights: Mapping[str, Tensor],
+    n_threads: int,
+    progress: Progress | None = None,
+) -> None:
     """Fills `region` as the Program places things. Raises LoadError for a weight that is NaN or Inf."""
     for phase in program.phases:
+        if progress is not None and phase.matrix is not None:
+            progress("packing", phase.matrix.offset, program.memory.weights_bytes)
         rows = None
         if (matrix := phase.matrix) is not None:
             rows = row_map(matrix)
@@ -62,6 +72,8 @@ def pack_weights(native: Any, region: Any, program: Program, weights: Mapping[st
         _require_read([embed], result)
         if result >= 0:
             raise _bad_value(embed, result)
+    if progress is not None:
+        progress("packing", program.memory.weights_bytes, program.memory.weights_bytes)
 
 
 def fill_ropes(work: Any, program: Program) -> None:
