@@ -49,13 +49,6 @@ POLISH_STEPS, POLISH_EVERY, POLISH_LR, POLISH_TOKENS, REPEATED = 400, 3, 5e-4, 1
 # on a whole token; indentation is a token of its own.
 PIECES = r"\n+| +|[A-Za-z_]+ ?|[0-9]{1,3} ?|[^\sA-Za-z0-9_]+ ?|\s"
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<|assistant|>{% else %}<|user|>{% endif %}"
-    "{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
 
 # ---- data ---------------------------------------------------------------------------------------------
 
@@ -312,7 +305,6 @@ def export(model: Llama, tok: Tokenizer, out: Path, figures: dict[str, float | i
             "eos_token": "<|eos|>",
             "clean_up_tokenization_spaces": False,
             "model_max_length": N_POS,
-            "chat_template": CHAT_TEMPLATE,
         },
     )
     write("training.json", figures)

@@ -80,5 +80,33 @@ def test_doctor_sees_the_extension() -> None:
 
 
 def test_unknown_commands_and_options_exit_2() -> None:
-    for args in (("trace", "demo"), ("run", "demo", "x", "--top-p", "0.5"), ("run", "demo", "x", "--device", "cuda")):
+    for args in (("trace", "demo"), ("run", "demo", "x", "--quant", "int8"), ("run", "demo", "x", "--device", "cuda")):
         assert flashformer(*args).returncode == 2
+
+
+def test_a_run_imports_no_library_that_it_does_not_use() -> None:
+    code = (
+        "import json, sys\nfrom flashformer.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(json.dumps(sorted(m for m in sys.modules if '.' not in m)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "demo", PROMPT, "-n", "2", "--quiet"],
+        capture_output=True, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    modules = set(json.loads(done.stderr.splitlines()[-1]))
+    assert {"numpy", "tokenizers", "typer"} <= modules
+    assert not modules & {"rich", "huggingface_hub", "jinja2", "httpx", "tqdm"}
+
+
+def test_every_sampling_option_together() -> None:
+    options = ("--temp", "0.8", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.05", "--repeat-penalty", "1.1")
+    done = flashformer("run", "demo", PROMPT, "-n", "64", *options, "--stop", "\n\n", "--seed", "3", "--json")
+    with ff.load("demo") as llm:
+        expected = llm.generate(
+            PROMPT, max_tokens=64, temperature=0.8, top_k=40, top_p=0.9, min_p=0.05, repeat_penalty=1.1, stop="\n\n",
+            seed=3,
+        )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["token_ids"] == expected.token_ids
+    assert (found["text"], found["stop"]) == (expected.text, expected.stop)

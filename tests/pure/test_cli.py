@@ -19,6 +19,7 @@ from flashformer.backends.base import Kernel
 from flashformer.backends.reference import ReferenceKernel
 from flashformer.bench.decode import pair_ratios
 from flashformer.cli.app import app
+from flashformer.log import log
 
 PROMPT = "def f(x):"
 STATS = re.compile(
@@ -86,7 +87,16 @@ def test_run_json_is_one_object(folder: Path, expected: ff.Output) -> None:
 
 BAD_LINES = [
     (("run",), "MODEL"),
-    (("run", "MODEL", "hi", "--top-k", "5"), "--top-k"),
+    (("run", "MODEL", "hi", "--speculate", "ngram"), "--speculate"),
+    (("run", "MODEL", "hi", "--quant", "int8"), "--quant"),
+    (("run", "MODEL", "hi", "--top-k", "-1"), "top_k=-1"),
+    (("run", "MODEL", "hi", "--top-k", "259"), "top_k=259"),
+    (("run", "MODEL", "hi", "--top-p", "0"), "top_p=0"),
+    (("run", "MODEL", "hi", "--min-p", "2"), "min_p=2"),
+    (("run", "MODEL", "hi", "--repeat-penalty", "0"), "repeat_penalty=0"),
+    (("run", "MODEL", "hi", "--stop", ""), "stop"),
+    (("run", "MODEL", "hi", *("--stop", "x") * 5), "stop"),
+    (("run", "MODEL", "hi", "--kv-dtype", "f64"), "f64"),
     (("run", "MODEL", "hi", "--device", "tpu"), "tpu"),
     (("run", "MODEL", "hi", "--device", "reference"), "reference"),
     (("run", "MODEL", "hi", "--dtype", "f64"), "f64"),
@@ -106,7 +116,10 @@ BAD_LINES = [
     (("bench", "MODEL", "-p", "5"), "-p"),
     (("plan", "MODEL", "-n", "5"), "-n"),
     (("serve", "MODEL"), "serve"),
-    (("chat", "MODEL"), "chat"),
+    (("chat", "MODEL"), "no default chat template"),
+    (("chat", "MODEL", "--top-p", "0"), "top_p=0"),
+    (("chat", "MODEL", "hi"), "hi"),
+    (("chat", "shape:smollm2-135m"), "no chat template"),
     (("frobnicate",), "frobnicate"),
     (("--frobnicate",), "--frobnicate"),
 ]
@@ -150,10 +163,58 @@ def test_errors_of_a_forward_have_their_exit_codes(
 
 
 def test_sampling_settings_that_are_not_applied_are_named(tmp_path: Path) -> None:
-    sampling = model_folder(tmp_path, generation={"do_sample": True, "top_p": 0.9})
-    assert "top_p=0.9: not applied" in call("run", sampling, PROMPT, "-n", "2").stderr
-    model_folder(tmp_path, generation={"do_sample": True, "top_p": 1.0})
+    sampling = model_folder(tmp_path, generation={"do_sample": True, "typical_p": 0.9})
+    assert "typical_p=0.9: not applied" in call("run", sampling, PROMPT, "-n", "2").stderr
+    model_folder(tmp_path, generation={"do_sample": True, "top_p": 0.9, "typical_p": 1.0})
     assert "top_p" not in call("run", sampling, PROMPT, "-n", "2").stderr
+
+
+SETTINGS = [
+    (("--temp", "1.5", "--top-k", "4"), {"temperature": 1.5, "top_k": 4}),
+    (("--temp", "1.5", "--top-p", "0.3"), {"temperature": 1.5, "top_p": 0.3}),
+    (("--temp", "1.5", "--min-p", "0.4"), {"temperature": 1.5, "min_p": 0.4}),
+    (("--repeat-penalty", "1.8"), {"repeat_penalty": 1.8}),
+    (("--kv-dtype", "bf16", "--temp", "1.5"), {"temperature": 1.5}),
+]
+
+
+@pytest.mark.parametrize(("options", "settings"), SETTINGS, ids=[" ".join(o) for o, _ in SETTINGS])
+def test_sampling_options_are_the_settings_of_python(
+    folder: Path, options: tuple[str, ...], settings: dict[str, float]
+) -> None:
+    kv_dtype = "bf16" if "--kv-dtype" in options else None
+    with ff.load(folder, device="reference", kv_dtype=kv_dtype) as llm:
+        asked = llm.generate(PROMPT, max_tokens=40, ignore_eos=True, seed=5, **settings)  # type: ignore[arg-type]
+        off = {"temperature": settings.get("temperature", 0)}
+        plain = llm.generate(PROMPT, max_tokens=40, ignore_eos=True, seed=5, **off)  # type: ignore[arg-type]
+    run = call("run", folder, PROMPT, "-n", "40", "--ignore-eos", "--seed", "5", "--json", *options)
+    assert json.loads(run.stdout)["token_ids"] == asked.token_ids
+    assert (asked.token_ids != plain.token_ids) == (kv_dtype is None)
+
+
+def test_stop_strings_end_the_text_and_are_left_out(folder: Path) -> None:
+    whole = json.loads(call("run", folder, PROMPT, "-n", "40", "--ignore-eos", "--json").stdout)["text"]
+    stop = whole[9:11]
+    assert stop
+    result = call("run", folder, PROMPT, "-n", "40", "--ignore-eos", "--stop", "never ever", "--stop", stop)
+    assert result.stdout_bytes.decode() == whole[: whole.index(stop)]
+    found = json.loads(call("run", folder, PROMPT, "-n", "40", "--ignore-eos", "--stop", stop, "--json").stdout)
+    assert (found["stop"], found["finish_reason"]) == (stop, "stop")
+
+
+@pytest.mark.parametrize("quiet", [(), ("--quiet",), ("--json",)], ids=str)
+def test_the_log_is_lines_on_stderr(folder: Path, monkeypatch: pytest.MonkeyPatch, quiet: tuple[str, ...]) -> None:
+    def load_kernel(checked, weights, **_: object) -> Kernel:
+        log.info("packed %d bytes", 5)
+        log.warning("the cache is %s", "full")
+        return ReferenceKernel(checked, weights)
+
+    monkeypatch.setattr("flashformer.engine.engine.load_kernel", load_kernel)
+    level, handlers = log.level, list(log.handlers)
+    lines = call("run", folder, PROMPT, "-n", "2", *quiet).stderr.splitlines()
+    assert "warning: the cache is full" in lines
+    assert ("packed 5 bytes" in lines) == (not quiet)
+    assert (log.level, log.handlers) == (level, handlers)
 
 
 BENCH_FIELDS = {

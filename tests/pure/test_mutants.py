@@ -195,7 +195,7 @@ def model_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
         yield f"phase {p} scale", with_phase(sound, p, scale=phase.scale * 7)
         yield f"phase {p} eps", with_phase(sound, p, norm_eps=phase.norm_eps + 1e-3)
         if phase.matrix is not None:
-            roles = dataclasses.replace(phase.matrix, roles=phase.matrix.roles[::-1] + ("x",))
+            roles = dataclasses.replace(phase.matrix, roles=(*phase.matrix.roles[::-1], "x"))
             yield f"phase {p} roles", with_phase(sound, p, matrix=roles)
             order = Order.PLAIN if phase.matrix.order is Order.ALTERNATE else Order.ALTERNATE
             yield f"phase {p} order", with_phase(sound, p, matrix=dataclasses.replace(phase.matrix, order=order))
@@ -231,7 +231,9 @@ def whole_mutants(sound: Program) -> Iterator[tuple[str, Program]]:
         yield f"{field} {value}", dataclasses.replace(sound, target=target)
 
 
-@pytest.mark.parametrize("mutants", [tape_mutants, memory_mutants, matrix_mutants, fold_mutants, model_mutants, whole_mutants])
+@pytest.mark.parametrize(
+    "mutants", [tape_mutants, memory_mutants, matrix_mutants, fold_mutants, model_mutants, whole_mutants]
+)
 @cases
 def test_every_other_mutant_is_found(
     shape: str, n_workers: int, mutants: Callable[[Program], Iterator[tuple[str, Program]]]

@@ -27,8 +27,7 @@ from typing import Any
 import numpy as np
 
 from .. import env
-from ..checkpoint import Tensor
-from ..checkpoint.tensor import Stored
+from ..checkpoint.tensor import Stored, Tensor
 from ..log import log
 from ..program.ir import Program
 from ..program.pack import PACK_VERSION

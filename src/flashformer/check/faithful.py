@@ -89,7 +89,7 @@ def _wanted_in_layer(spec: ModelSpec, layer: LayerSpec, phase: Phase) -> dict[st
     before, within = _lacking(spec, i, Space.FFN_OUT), _lacking(spec, i + 1, Space.ATTENTION_OUT)
     branch_scale = 1.0 if layer.post_norm else layer.residual_multiplier
     qk_norm = layer.qk_norm is not None
-    return {
+    wanted: dict[Op, dict[str, Any]] = {
         Op.QKV: {
             "matrix": (roles("q", "k", "v"), Order.PLAIN),
             "norm": given(layer.pre_norm, "attn_norm"),
@@ -123,7 +123,8 @@ def _wanted_in_layer(spec: ModelSpec, layer: LayerSpec, phase: Phase) -> dict[st
             "to": Space.FFN_OUT if layer.post_norm else Space.RESIDUAL,
             "fold": within,
         },
-    }[phase.op]
+    }
+    return wanted[phase.op]
 
 
 def _lacking(spec: ModelSpec, n_layers: int, space: Space) -> tuple[Any, ...] | None:

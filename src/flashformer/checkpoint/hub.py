@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoadError
+from ..log import wants_notes
 from .convert import INDEX, SINGLE, TOKENIZER, no_tokenizer, no_weights
 
 ASK_S = 10  # seconds to wait for the hub's answer before the cache is used
@@ -87,13 +88,14 @@ def _listing(repo: str, revision: str | None) -> dict[str, int]:
 
 
 def _download(repo: str, revision: str | None, offline: bool, files: Iterable[str]) -> Path:
-    """Progress bars go to a terminal only."""
+    """Progress bars go to a terminal only, and not where the log is set to warnings."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": not sys.stderr.isatty()})  # type: ignore[no-untyped-call]
+            hidden = not (sys.stderr.isatty() and wants_notes())
+            super().__init__(*args, **{**kwargs, "disable": hidden})  # type: ignore[no-untyped-call]
 
     return Path(
         snapshot_download(repo, revision=revision, allow_patterns=list(files), local_files_only=offline, tqdm_class=Bar)

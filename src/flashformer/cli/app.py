@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .chat import chat
 from .doctor import doctor
 from .output import Commands
 from .plan import plan
@@ -18,5 +19,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (run, bench, plan, doctor):
+for command in (run, chat, bench, plan, doctor):
     app.command()(command)

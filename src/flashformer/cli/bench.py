@@ -10,62 +10,33 @@ import typer
 from ..backends.cpu.bandwidth import ReadProbe
 from ..bench import BenchOptions, DecodeBench, bench_decode, commit
 from ..bench.decode import FAULT
-from ..engine import load
 from ..errors import DeviceError, RequestError
 from ..model.outline import read_outline
-from .options import (
-    Device,
-    DeviceOpt,
-    Dtype,
-    DtypeOpt,
-    ExactOpt,
-    JsonOpt,
-    KvDtypeOpt,
-    ModelArg,
-    OfflineOpt,
-    QuietOpt,
-    RevisionOpt,
-    ThreadsOpt,
-)
-from .output import note, write_json
+from .options import JsonOpt, Machine, ModelArg, QuietOpt, grouped
+from .output import note, warn, write_json
 
 PIPE_WIDTH = 120  # columns of the table where there is no terminal to ask
 
 
+@grouped
 def bench(
     model: ModelArg,
+    machine: Machine,
     new_tokens: Annotated[int, typer.Option("-n", "--new-tokens", help="tokens per slot and repeat")] = 64,
     rows: Annotated[str, typer.Option("--rows", help="slots decoded at once, one test each")] = "1,2,4,8",
     depth: Annotated[int, typer.Option("--depth", help="positions cached before the first token")] = 0,
     repeat: Annotated[int, typer.Option("-r", "--repeat", help="repeats, which must agree")] = 5,
-    device: DeviceOpt = Device.AUTO,
-    dtype: DtypeOpt = Dtype.AUTO,
-    exact: ExactOpt = False,
-    kv_dtype: KvDtypeOpt = None,
-    threads: ThreadsOpt = None,
-    revision: RevisionOpt = None,
-    offline: OfflineOpt = False,
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Decode speed beside this machine's read bandwidth, measured in turns in the same run."""
     options = BenchOptions(new_tokens, _rows(rows), depth, repeat)
-    outline = read_outline(model, revision=revision, offline=offline)
-    llm = load(
-        model,
-        device=device.value,
-        dtype=dtype.value,
-        exact=exact,
-        kv_dtype=kv_dtype.value if kv_dtype else None,
-        ctx=options.ctx(outline.spec.max_positions),
-        streams=max(options.rows),
-        threads=threads,
-        revision=revision,
-        offline=offline,
-    )
+    outline = read_outline(model, revision=machine.revision, offline=machine.offline)
+    ctx = options.ctx(outline.spec.max_positions)
+    llm = machine.load(model, ctx=ctx, streams=max(options.rows), quiet=quiet or as_json)
     results = []
     with llm:
-        probe, source = _probe(llm.setup.target.n_workers, quiet), commit()
+        probe, source = _probe(llm.setup.target.n_workers), commit()
         for n in options.rows:
             results.append(bench_decode(llm, options, n, probe, source))
             if as_json:
@@ -83,12 +54,11 @@ def _rows(text: str) -> tuple[int, ...]:
         raise RequestError(f"--rows {text}: expected numbers from 1 to 16 with commas between, like 1,2,4,8") from None
 
 
-def _probe(n_threads: int, quiet: bool) -> ReadProbe | None:
+def _probe(n_threads: int) -> ReadProbe | None:
     try:
         return ReadProbe(n_threads)
     except DeviceError as error:
-        if not quiet:
-            note(f"warning: no bandwidth is measured: {error}")
+        warn(f"no bandwidth is measured: {error}")
         return None
 
 

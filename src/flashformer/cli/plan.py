@@ -10,73 +10,48 @@ import typer
 from ..backends.cpu import topology
 from ..backends.cpu.bandwidth import ReadProbe
 from ..backends.registry import native_isa
-from ..engine import Options, Plan, plan_model
+from ..engine import Plan, plan_model
 from ..errors import DeviceError
-from .options import (
-    CtxOpt,
-    Device,
-    DeviceOpt,
-    Dtype,
-    DtypeOpt,
-    ExactOpt,
-    JsonOpt,
-    KvDtypeOpt,
-    ModelArg,
-    OfflineOpt,
-    QuietOpt,
-    RevisionOpt,
-    StreamsOpt,
-    ThreadsOpt,
-)
-from .output import note, write, write_json
+from .options import JsonOpt, Machine, ModelArg, QuietOpt, Room, grouped
+from .output import warn, write, write_json
 
 PROBE_S = 0.5
 
 
+@grouped
 def plan(
     model: ModelArg,
+    room: Room,
+    machine: Machine,
     check: Annotated[bool, typer.Option("--check", help="prove the program and count what was proved")] = False,
-    device: DeviceOpt = Device.AUTO,
-    dtype: DtypeOpt = Dtype.AUTO,
-    exact: ExactOpt = False,
-    kv_dtype: KvDtypeOpt = None,
-    ctx: CtxOpt = None,
-    streams: StreamsOpt = 1,
-    threads: ThreadsOpt = None,
-    revision: RevisionOpt = None,
-    offline: OfflineOpt = False,
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Memory, phases, bytes per token and the least time per token, with reasons. Reads no weights."""
-    options = Options(
-        device=device.value,
-        dtype=dtype.value,
-        exact=exact,
-        kv_dtype=kv_dtype.value if kv_dtype else None,
-        ctx=ctx,
-        streams=streams,
-        threads=threads,
+    made = plan_model(
+        model,
+        machine.options(room.ctx, room.streams),
+        revision=machine.revision,
+        offline=machine.offline,
+        prove=check,
+        isa=native_isa(),
     )
-    made = plan_model(model, options, revision=revision, offline=offline, prove=check, isa=native_isa())
-    made = _measured(made, quiet)
+    made = _measured(made)
     if as_json:
         write_json(made.to_json())
     else:
         write(render(made))
-    if not quiet:
-        for warning in made.warnings:
-            note(f"warning: {warning}")
+    for warning in made.warnings:
+        warn(warning)
 
 
-def _measured(made: Plan, quiet: bool) -> Plan:
+def _measured(made: Plan) -> Plan:
     """The plan with this machine's read bandwidth, over the smallest region that no cache helps with."""
     try:
         probe = ReadProbe(made.threads, 8 * topology.last_level_cache_bytes())
         return replace(made, probe_gb_per_s=probe.gb_s(PROBE_S))
     except DeviceError as error:
-        if not quiet:
-            note(f"warning: no bandwidth was measured, so no floor is given: {error}")
+        warn(f"no bandwidth was measured, so no floor is given: {error}")
         return made
 
 

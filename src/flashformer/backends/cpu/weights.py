@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...checkpoint import Tensor
-from ...checkpoint.tensor import Stored
+from ...checkpoint.tensor import Stored, Tensor
 from ...errors import LoadError
 from ...formats import to_f32
 from ...model.rope import rope_table
