@@ -24,9 +24,12 @@ from .errors import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .engine import LLM, Output, Piece, Plan, Stream, Timing, load
+    from .engine import LLM, Output, Piece, Plan, SamplingSettings, Score, Stream, Timing, TokenLogprobs, load
 
-_LAZY = ("LLM", "Output", "Piece", "Plan", "Stream", "Timing", "load")
+_LAZY = (
+    *("LLM", "Output", "Piece", "Plan", "SamplingSettings", "Score", "Stream", "Timing", "TokenLogprobs"),
+    "load",
+)
 
 __all__ = [
     "LLM",
@@ -39,8 +42,11 @@ __all__ = [
     "Plan",
     "ProgramError",
     "RequestError",
+    "SamplingSettings",
+    "Score",
     "Stream",
     "Timing",
+    "TokenLogprobs",
     "__version__",
     "load",
 ]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import folders
 import numpy as np
 import pytest
 import torch
-from folders import BOS, EOS, VOCAB_SIZE, model_folder
-from transformers import LlamaForCausalLM
+from folders import EOS, VOCAB_SIZE, model_folder
+from transformers import LlamaForCausalLM, RepetitionPenaltyLogitsProcessor
 
 import flashformer as ff
 from flashformer.backends.cpu import topology
 from flashformer.engine import Options, plan_model
-from flashformer.engine.request import LIMITS, Defaults, defaults
+from flashformer.engine.defaults import Defaults, read_defaults
+from flashformer.engine.request import make_request
 from flashformer.engine.stats import make_timing, percentile, stats_line
 
 CTX = folders.CONFIG["max_position_embeddings"]
@@ -123,113 +123,68 @@ def test_a_list_of_prompts_gives_what_each_gives_alone(llm: ff.LLM) -> None:
     assert [o.token_ids for o in ids] == [o.token_ids for o in alone[:2]]
 
 
-def test_temperature_defaults_come_from_the_generation_config_only_if_it_samples(tmp_path: Path) -> None:
-    assert defaults({"temperature": 0.7}).temperature == 0
-    assert defaults({"do_sample": True}).temperature == 1
-    sampling = defaults({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0})
-    assert (sampling.temperature, sampling.unused) == (0.7, ("top_p=0.9",))
-    with pytest.raises(ff.LoadError, match="temperature='hot'"):
-        defaults({"do_sample": True, "temperature": "hot"})
-    qwen = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
-    assert defaults(qwen).unused == ("top_p=0.8", "top_k=20", "repetition_penalty=1.05")
-    assert defaults(qwen | {"do_sample": False}) == Defaults(0.0, ("repetition_penalty=1.05",))
+def test_defaults_come_from_the_generation_config_and_sampling_ones_only_if_it_samples() -> None:
+    qwen = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "min_p": 0.1}
+    assert read_defaults(qwen) == Defaults(0.7, 20, 0.8, 0.1, 1.05)
+    assert read_defaults(qwen | {"do_sample": False}) == Defaults(repeat_penalty=1.05)
+    assert read_defaults({"temperature": 0.7}).temperature == 0
+    assert read_defaults({"do_sample": True, "temperature": None}) == Defaults(temperature=1)
+    assert read_defaults({"do_sample": True, "typical_p": 0.9}).unused == ("typical_p=0.9",)
+    for key, bad in (("temperature", "hot"), ("top_p", 0), ("top_k", -1), ("min_p", 2), ("repetition_penalty", 0)):
+        with pytest.raises(ff.LoadError, match=f"generation_config.json: {key}: .*{bad}"):
+            read_defaults({"do_sample": True, key: bad})
+
+
+def test_what_is_not_applied_is_said(tmp_path: Path) -> None:
     greedy = {"num_beams": 4, "no_repeat_ngram_size": 3, "suppress_tokens": [1] * 99, "forced_eos_token_id": 2}
-    said = defaults(greedy | {"a_new_key": True}).unused
+    said = read_defaults(greedy | {"a_new_key": True}).unused
     assert [text.split("=")[0] for text in said] == [*greedy, "a_new_key"]
     assert all(len(text) <= 80 for text in said)
     neutral = {"repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None, "suppress_tokens": [], "min_length": 0}
     usual = {"bos_token_id": 1, "eos_token_id": [2, 3], "transformers_version": "5", "_from_model_config": True}
-    assert defaults(neutral | usual | {"max_length": 4096, "top_p": 0.5}) == Defaults(0.0, ())
-    assert defaults({}).warning is None
-    assert "repetition_penalty=1.05: not applied" in str(defaults(qwen).warning)
-    with pytest.warns(UserWarning, match=r"top_p=0\.9"):
-        load(model_folder(tmp_path / "m", generation={"do_sample": True, "temperature": 2.0, "top_p": 0.9})).close()
-    with load(model_folder(tmp_path / "m", generation={"do_sample": True, "temperature": 2.0})) as llm:
-        sampled = llm.generate(PROMPT, max_tokens=12, seed=1)
-        assert sampled.token_ids == llm.generate(PROMPT, max_tokens=12, seed=1, temperature=2.0).token_ids
-        assert sampled.token_ids != llm.generate(PROMPT, max_tokens=12, seed=1, temperature=0).token_ids
+    assert read_defaults(neutral | usual | {"max_length": 4096, "top_p": 0.5}) == Defaults()
+    assert read_defaults({}).warning is None
+    assert "num_beams=4, no_repeat" in str(read_defaults(greedy).warning)
+    with pytest.warns(UserWarning, match="num_beams=2"):
+        load(model_folder(tmp_path / "m", generation={"num_beams": 2})).close()
+
+
+def test_defaults_are_what_the_arguments_would_be(tmp_path: Path) -> None:
+    stated = {"do_sample": True, "temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3}
+    arguments = {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "repeat_penalty": 1.3}
+    off = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repeat_penalty": 1}
+    asked = {"max_tokens": 12, "seed": 1, "ignore_eos": True}
+    with load(model_folder(tmp_path / "m", generation=stated)) as llm:
+        decided = make_request(np.array([1]), ff.SamplingSettings(), llm.defaults, llm.spec, CTX, has_text=True)
+        assert {name: getattr(decided, name) for name in arguments} == arguments
+        decided = make_request(np.array([1]), ff.SamplingSettings(**off), llm.defaults, llm.spec, CTX, has_text=True)
+        assert {name: getattr(decided, name) for name in off} == off
+        sampled = llm.generate(PROMPT, **asked).token_ids
+        plain = llm.generate(PROMPT, **asked | off).token_ids
+    with load(model_folder(tmp_path / "plain")) as llm:
+        assert sampled == llm.generate(PROMPT, **asked | arguments).token_ids
+        assert plain == llm.generate(PROMPT, **asked).token_ids
+    assert sampled != plain
+    with load(model_folder(tmp_path / "large", generation=stated | {"top_k": 10**6})) as llm:  # more than there are
+        assert len(llm.generate(PROMPT, **asked).token_ids) == 12
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_repeat_penalty_is_that_of_transformers(folder: Path, oracle: LlamaForCausalLM, penalty: float) -> None:
+    ids = torch.tensor([encoded(PROMPT)])
+    change = RepetitionPenaltyLogitsProcessor(penalty)
+    for _ in range(16):
+        with torch.no_grad():
+            scores = change(ids, oracle(ids).logits[:, -1])
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], -1)
+    with load(folder) as llm:
+        out = llm.generate(PROMPT, max_tokens=16, repeat_penalty=penalty, ignore_eos=True)
+        plain = llm.generate(PROMPT, max_tokens=16, ignore_eos=True)
+    assert out.token_ids == ids[0, -16:].tolist()
+    assert out.token_ids != plain.token_ids
 
 
 # ---- limits -------------------------------------------------------------------------------------------
-
-BAD_IDS = [[True], [1.0], [2**40], [-1], [VOCAB_SIZE], [1, None], ["a", 1], [np.float32(1)], np.ones((2, 2), int)]
-
-
-@pytest.mark.parametrize("ids", BAD_IDS, ids=repr)
-def test_bad_token_ids_are_refused(llm: ff.LLM, ids: object) -> None:
-    for call in (llm.generate, llm.stream, llm.logits):
-        with pytest.raises(ff.RequestError):
-            call(ids)  # type: ignore[operator]
-
-
-BAD_ARGUMENTS = [
-    {"max_tokens": 0},
-    {"max_tokens": -1},
-    {"max_tokens": 2**40},
-    {"max_tokens": 1.5},
-    {"max_tokens": True},
-    {"temperature": float("nan")},
-    {"temperature": float("inf")},
-    {"temperature": -1},
-    {"temperature": 1e9},
-    {"temperature": 1e-30},
-    {"temperature": "1"},
-    {"seed": -1},
-    {"seed": 2**64},
-    {"seed": 1.0},
-    {"ignore_eos": 1},
-]
-
-
-@pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=repr)
-def test_arguments_out_of_range_are_refused(llm: ff.LLM, arguments: dict[str, object]) -> None:
-    with pytest.raises(ff.RequestError, match=next(iter(arguments))):
-        llm.generate("a", **arguments)  # type: ignore[call-overload]
-
-
-@pytest.mark.parametrize("name", ["top_k", "stop", "logprobs", "speculate", "max_token"])
-def test_unknown_arguments_are_errors(llm: ff.LLM, name: str) -> None:
-    with pytest.raises(TypeError, match=name):
-        llm.generate("a", **{name: 1})  # type: ignore[call-overload]
-
-
-@pytest.mark.parametrize("prompt", [None, 5, [], (), {"a": 1}, b"bytes", "\ud800", [[]], [["a"]]], ids=repr)
-def test_prompts_of_no_kind_are_refused(llm: ff.LLM, prompt: object) -> None:
-    with pytest.raises(ff.RequestError):
-        llm.generate(prompt)  # type: ignore[call-overload]
-
-
-def test_prompt_longer_than_the_context_names_both_numbers(llm: ff.LLM) -> None:
-    for call in (llm.generate, llm.logits):
-        with pytest.raises(ff.RequestError, match=rf"\b{CTX + 1}\b.*\b{CTX}\b"):
-            call([3] * (CTX + 1))
-        with pytest.raises(ff.RequestError, match=rf"\b{CTX + 10}\b.*\b{CTX}\b"):
-            call("x" * (CTX + 9))
-    with pytest.raises(ff.RequestError, match="no room"):
-        llm.generate([3] * CTX)
-    assert llm.logits([3] * CTX).shape == (CTX, VOCAB_SIZE)
-
-
-def test_prompt_and_new_tokens_beyond_the_context_are_clamped(llm: ff.LLM) -> None:
-    out = llm.generate([3] * (CTX - 4), max_tokens=50, ignore_eos=True)
-    assert (len(out.token_ids), out.finish_reason) == (4, "length")
-
-
-def test_text_is_refused_above_its_limit(llm: ff.LLM) -> None:
-    with pytest.raises(ff.RequestError, match=str(LIMITS.prompt_chars)):
-        llm.generate("x" * (LIMITS.prompt_chars + 1))
-
-
-def test_empty_text_is_bos_or_an_error(llm: ff.LLM, tmp_path: Path) -> None:
-    assert llm.generate("", max_tokens=2).prompt_token_ids == [BOS]
-    with load(model_folder(tmp_path / "bos", add_bos=False)) as no_rule:
-        assert no_rule.generate("", max_tokens=2).prompt_token_ids == [BOS]
-    none = model_folder(tmp_path / "none", add_bos=False)
-    config = json.loads((none / "config.json").read_text())
-    (none / "config.json").write_text(json.dumps(config | {"bos_token_id": None}))
-    with load(none) as no_bos, pytest.raises(ff.RequestError, match="BOS"):
-        no_bos.generate("")
-
 
 BAD_OPTIONS = [
     {"ctx": 0},

@@ -94,6 +94,7 @@ def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: ReadProbe | 
     weight_bytes = weight_read_bytes(llm.program)
     with llm.turns.lock:
         llm.turns.check()
+        llm.forget()
         steps = _steps(llm, options, rows)
         warm_up = [next(steps) for _ in range(WARM_UP)]
         total = options.new_tokens * options.repeat
@@ -154,7 +155,7 @@ def _steps(llm: LLM, options: BenchOptions, n_rows: int) -> Iterator[tuple[int, 
     expected: list[NDArray[np.int32]] = []
     rows.slot[:n_rows] = np.arange(n_rows)
     rows.want[:n_rows] = Want.TOKEN
-    rows.temperature[:n_rows] = 0
+    rows.temperature[:n_rows] = rows.adjust_begin[:n_rows] = rows.adjust_end[:n_rows] = 0
     while True:
         rows.token[:n_rows] = first
         for offset in range(options.new_tokens):

@@ -3,7 +3,9 @@
 from .diagnosis import Diagnosis, diagnose
 from .engine import LLM, load
 from .generate import Piece, Stream
+from .logprobs import Score, TokenLogprobs
 from .plan import Plan, plan_model
+from .request import SamplingSettings
 from .setup import Options
 from .stats import Output, Timing
 
@@ -14,8 +16,11 @@ __all__ = [
     "Output",
     "Piece",
     "Plan",
+    "SamplingSettings",
+    "Score",
     "Stream",
     "Timing",
+    "TokenLogprobs",
     "diagnose",
     "load",
     "plan_model",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +15,18 @@ from numpy.typing import NDArray
 from ..backends.base import Kernel, Want
 from ..backends.registry import load_kernel
 from ..check import CheckedProgram, check
-from ..errors import RequestError
 from ..model import Model, load_model
 from ..model.spec import ModelSpec
 from ..program import Program, build
 from ..program.ir import MAX_HEAD_ROWS
 from . import request as requests
-from .generate import Stream
+from .defaults import read_defaults
+from .forward import prompt_logits, run_prompt
+from .generate import Stream, run_out
+from .logprobs import Score, logprobs_of
 from .plan import Plan, make_plan, weight_read_bytes
-from .request import LIMITS, Request
+from .prompts import Prompt, Prompts
+from .request import LIMITS, SamplingArguments, SamplingSettings
 from .setup import Options, Setup, kv_read_bytes, require_memory, set_up
 from .slots import Slots, Turns
 from .stats import Output
@@ -30,9 +34,6 @@ from .stats import Output
 if TYPE_CHECKING:
     from ..backends.packed import Progress
     from ..checkpoint import Tokenizer
-
-Ids = Sequence[int] | NDArray[np.integer]
-Prompt = str | Ids
 
 
 def load(
@@ -69,7 +70,7 @@ def load(
     )
     loaded = load_model(model, revision=revision, offline=offline)
     setup = set_up(loaded.spec, loaded.stored_format, options)
-    for warning in (setup.threads.warning, requests.defaults(loaded.generation_config).warning):
+    for warning in (setup.threads.warning, read_defaults(loaded.generation_config).warning):
         if warning:
             warnings.warn(warning, stacklevel=2)
     program = build(loaded.spec, setup.target)
@@ -82,8 +83,11 @@ def load(
 class LLM:
     """A loaded model. Made by `load`.
 
-    May be used from several Python threads: forwards take turns, and every request holds one of the `streams`
-    slots while it runs; a request that finds none waits for one.
+    May be used from several Python threads: forwards take turns in the order in which they are asked for, and every
+    request holds one of the `streams` slots while it runs; requests that find none wait and get one in the order in
+    which they came. A slot keeps its cache when a request ends, and a prompt that begins as the cached tokens do is
+    computed from where they differ; the bits are those of a computation from the start. A request that waits keeps its
+    thread: a pool (`asyncio.to_thread`) needs more threads than requests that may wait at once.
     """
 
     def __init__(self, model: Model, setup: Setup, checked: CheckedProgram, kernel: Kernel) -> None:
@@ -91,12 +95,13 @@ class LLM:
         self.spec: ModelSpec = model.spec
         self.program: Program = checked.program
         self.setup = setup
-        self.defaults = requests.defaults(model.generation_config)
+        self.defaults = read_defaults(model.generation_config)
         self.kernel = kernel
         self._tokenizer = model.tokenizer
         self._checked = checked
         self.turns = Turns()  # taken before every use of `kernel`
-        self._slots = Slots(setup.target.streams, LIMITS.slot_wait_s)
+        self._slots = Slots(setup.target.streams, setup.target.ctx, LIMITS.slot_wait_s)
+        self._prompts = Prompts(model.name, model.spec, setup.target.ctx, model.tokenizer)
         self._measured: float | None = None
         self._weight_bytes = weight_read_bytes(self.program)
 
@@ -116,9 +121,7 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises RequestError where the model has none."""
-        if self._tokenizer is None:
-            raise RequestError(f"{self.name} has no tokenizer: give prompts as lists of token ids")
-        return self._tokenizer
+        return self._prompts.tokenizer
 
     @property
     def plan(self) -> Plan:
@@ -126,87 +129,85 @@ class LLM:
         return make_plan(self.name, self.program, self.setup, self.defaults, isa=self.kernel.describe().get("isa"))
 
     @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-    ) -> Output: ...
+    def generate(self, prompt: Prompt, **settings: Unpack[SamplingArguments]) -> Output: ...
 
     @overload
-    def generate(
-        self,
-        prompt: list[str] | list[list[int]],
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-    ) -> list[Output]: ...
+    def generate(self, prompt: list[str] | list[list[int]], **settings: Unpack[SamplingArguments]) -> list[Output]: ...
 
     def generate(
-        self,
-        prompt: Prompt | list[str] | list[list[int]],
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
+        self, prompt: Prompt | list[str] | list[list[int]], **settings: Unpack[SamplingArguments]
     ) -> Output | list[Output]:
         """Answers a prompt (text, or token ids taken literally), or each of a list of prompts in turn.
 
-        `max_tokens` is 256 unless given, at most what the context leaves; `temperature` is that of
-        generation_config.json if it samples, else 0 (greedy); without a `seed` one is drawn for every prompt and
-        returned. All prompts of a list are validated before the first one runs.
-        Raises RequestError, NumericalError, DeviceError.
+        `settings` are the fields of SamplingSettings. Without a `seed` one is drawn for every prompt and returned. All
+        prompts of a list are validated before the first one runs. Raises RequestError, NumericalError, DeviceError.
         """
         batch = requests.is_batch(prompt)
         prompts: Sequence[Prompt] = prompt if batch else [prompt]  # type: ignore[assignment,list-item]
-        streams = [
-            self.stream(p, max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
-            for p in prompts
-        ]
-        outputs = []
-        for stream in streams:
-            with stream:
-                for _ in stream:
-                    pass
-            outputs.append(stream.output)
+        outputs = [run_out(stream) for stream in [self.stream(p, **settings) for p in prompts]]
         return outputs if batch else outputs[0]
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-    ) -> Stream:
+    def stream(self, prompt: Prompt, **settings: Unpack[SamplingArguments]) -> Stream:
         """As `generate`, for one prompt, in pieces as they are made. Closing the iterator cancels."""
+        return self.start(prompt, SamplingSettings(**settings))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        **settings: Unpack[SamplingArguments],
+    ) -> Output:
+        """Answers a conversation by the model's chat template.
+
+        `messages` are mappings with a role and content, `tools` descriptions of functions, `template_variables` more
+        for the template to read, such as enable_thinking=False. Raises as `generate`.
+        """
+        return run_out(self.stream_chat(messages, tools=tools, template_variables=template_variables, **settings))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        **settings: Unpack[SamplingArguments],
+    ) -> Stream:
+        """As `chat`, in pieces as they are made. Closing the iterator cancels."""
+        asked = SamplingSettings(**settings)
         begin = perf_counter_ns()
         self.turns.check()
-        ctx = self.setup.target.ctx
-        ids = self._prompt_ids(prompt)
-        request = Request(
-            ids=ids,
-            max_tokens=requests.clamp_tokens(max_tokens, len(ids), ctx),
-            temperature=self.defaults.temperature if temperature is None else requests.temperature(temperature),
-            seed=requests.seed(seed),
-            stop_ids=frozenset() if requests.flag("ignore_eos", ignore_eos) else frozenset(self.spec.eos_ids),
-        )
+        return self._start(self._prompts.chat_ids(messages, tools, template_variables), asked, begin)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids that `chat` starts from. Raises RequestError."""
+        ids: list[int] = self._prompts.chat_ids(messages, tools, template_variables).tolist()
+        return ids
+
+    def start(self, prompt: Prompt, settings: SamplingSettings) -> Stream:
+        """`stream`, of settings that were checked before. Raises RequestError for what this model cannot do."""
+        begin = perf_counter_ns()
+        self.turns.check()
+        return self._start(self._prompts.ids(prompt), settings, begin)
+
+    def _start(self, ids: NDArray[np.int32], settings: SamplingSettings, begin_ns: int) -> Stream:
+        ctx, has_text = self.setup.target.ctx, self._prompts.has_text
         return Stream(
             self.kernel,
             self.turns,
             self._slots,
-            request,
+            requests.make_request(ids, settings, self.defaults, self.spec, ctx, has_text=has_text),
             chunk=self.setup.prompt_chunk,
             tokenizer=self._tokenizer,
             step_bytes=self.step_bytes,
-            encode_ns=perf_counter_ns() - begin,
+            encode_ns=perf_counter_ns() - begin_ns,
         )
 
     def step_bytes(self, n_positions: int) -> int:
@@ -219,29 +220,48 @@ class LLM:
         Raises RequestError, NumericalError, DeviceError.
         """
         self.turns.check()
-        ids = self._prompt_ids(prompt)
-        if len(ids) > self.setup.target.ctx:
-            raise RequestError(requests.too_long(len(ids), self.setup.target.ctx))
-        chunk = min(self.setup.prompt_chunk, MAX_HEAD_ROWS)
+        ids = self._prompts.ids(prompt)
         result = np.empty((len(ids), self.spec.vocab_size), np.float32)
-        rows = self.kernel.rows
-        slot = self._slots.acquire()
-        try:
-            for begin in range(0, len(ids), chunk):
-                end = min(begin + chunk, len(ids))
-                n = end - begin
-                with self.turns.lock:
-                    self.turns.check()
-                    rows.token[:n] = ids[begin:end]
-                    rows.slot[:n] = slot
-                    rows.pos[:n] = np.arange(begin, end)
-                    rows.want[:n] = Want.LOGITS
-                    rows.temperature[:n] = 0
-                    self.kernel.forward(n)
-                    result[begin:end] = self.kernel.logits[:n]
-        finally:
-            self._slots.release(slot)
+        with closing(self._prompt_logits(ids, 0)) as parts:
+            for begin, logits in parts:
+                result[begin : begin + len(logits)] = logits
         return result
+
+    def score(self, prompt: Prompt, continuation: Prompt) -> Score:
+        """How likely a continuation is: the log probability of each of its tokens, given all before it.
+
+        Both may be text or token ids. Of two texts, space at the end of the prompt counts to the continuation, whose
+        tokens are those that encode(prompt + continuation) has after as many as encode(prompt) has, as in
+        lm-evaluation-harness. Penalties, bias and temperature play no part. Raises as `logits`.
+        """
+        self.turns.check()
+        ids, n_prompt = self._prompts.pair(prompt, continuation)
+        rest: list[int] = ids[n_prompt:].tolist()
+        logprobs: list[float] = []
+        is_greedy: list[bool] = []
+        with closing(self._prompt_logits(ids[:-1], n_prompt - 1)) as parts:
+            for token, row in zip(rest, (row for _, rows in parts for row in rows), strict=True):
+                logprobs += logprobs_of(row, [token])
+                is_greedy.append(int(row.argmax()) == token)
+        return Score(rest, logprobs, is_greedy)
+
+    def _prompt_logits(
+        self, ids: NDArray[np.int32], first: int
+    ) -> Generator[tuple[int, NDArray[np.float32]], None, None]:
+        """(begin, logits after positions begin, begin + 1, ...), from position `first` to the last."""
+        take, kernel, chunk = self.turns.take, self.kernel, self.setup.prompt_chunk
+        with self._slots.taken(ids, first) as slot:
+            assert slot is not None
+            for begin in range(slot.n, first, chunk):
+                end = min(begin + chunk, first)
+                take(run_prompt, kernel, slot, ids, begin, end, want=Want.NOTHING, last=Want.NOTHING)
+            step = min(chunk, MAX_HEAD_ROWS)
+            for begin in range(first, len(ids), step):
+                yield begin, take(prompt_logits, kernel, slot, ids, begin, min(begin + step, len(ids)))
+
+    def forget(self) -> None:
+        """Empties the slots, for those who run `kernel` themselves: what they cached is not what requests cached."""
+        self._slots.forget()
 
     def measured_gb_s(self) -> float | None:
         """Read bandwidth of the packed weights on this machine, measured once (at most about a second).
@@ -250,9 +270,7 @@ class LLM:
         """
         self.turns.check()
         if self._measured is None and not self.fits_in_cache:
-            with self.turns.lock:
-                self.turns.check()
-                self._measured = self.kernel.probe_weights()
+            self._measured = self.turns.take(self.kernel.probe_weights)
         return self._measured
 
     @property
@@ -267,17 +285,3 @@ class LLM:
         self._slots.close()
         if self.turns.close():
             self.kernel.close()
-
-    def _prompt_ids(self, prompt: Prompt) -> NDArray[np.int32]:
-        """(n) int32. Text is encoded by the tokenizer's own rule; where that gives nothing, BOS alone is used."""
-        ctx, vocab_size = self.setup.target.ctx, self.spec.vocab_size
-        if not isinstance(prompt, str):
-            if not isinstance(prompt, list | tuple | np.ndarray):
-                raise RequestError(f"prompt of type {type(prompt).__name__}: expected text or a list of token ids")
-            return requests.token_ids(prompt, vocab_size, ctx)
-        ids = self.tokenizer.encode(requests.prompt_text(prompt))
-        if not ids and self.spec.bos_id is not None:
-            ids = [self.spec.bos_id]
-        if not ids:
-            raise RequestError(f"empty prompt, and {self.name} has no BOS token to start from: give some text")
-        return requests.token_ids(ids, vocab_size, ctx)

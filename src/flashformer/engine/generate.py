@@ -2,66 +2,93 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from inspect import GEN_RUNNING, getgeneratorstate
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..backends.base import Kernel, Want
+from ..errors import RequestError
+from .adjust import Adjustments
+from .forward import run_prompt
+from .logprobs import TokenLogprobs, token_logprobs
 from .request import Request
-from .slots import Slots, Turns
+from .slots import Slot, Slots, Turns
 from .stats import Output, make_timing
+from .stops import StopFinder
 
 if TYPE_CHECKING:
     from ..checkpoint import Tokenizer
 
 
-def token_loop(kernel: Kernel, turns: Turns, slot: int, request: Request, chunk: int) -> Generator[int, None, None]:
-    """Runs the prompt, then one forward per token; yields token ids. Closing it between yields ends it.
-
-    Rows are shared with other threads, so they are filled anew in turn, in place, for every forward.
+def token_loop(
+    kernel: Kernel, turns: Turns, slot: Slot, request: Request, chunk: int, logits: NDArray[np.float32] | None
+) -> Generator[int, None, None]:
+    """Runs the prompt from `slot.n` on, then one forward per token; yields token ids, or -1 between chunks of the
+    prompt: a place to stop. Closing it between yields ends it. Before a token is yielded, `logits` (vocab_size) are
+    set to those that it was chosen from, where wanted.
     """
-    lock, check = turns.lock, turns.check
-    rows, forward, results = kernel.rows, kernel.forward, kernel.tokens
+    rows, forward, results, take = kernel.rows, kernel.forward, kernel.tokens, turns.take
     token, slots, pos, want = rows.token, rows.slot, rows.pos, rows.want
-    temperature, seed, choice = rows.temperature, rows.seed, rows.choice
-    ids, n = request.ids, len(request.ids)
-    heat, key = np.float32(request.temperature), np.uint64(request.seed)
-    for begin in range(0, n, chunk):
-        end = min(begin + chunk, n)
-        count, last = end - begin, end - begin - 1
-        with lock:
-            check()
-            token[:count] = ids[begin:end]
-            slots[:count] = slot
-            pos[:count] = np.arange(begin, end)
-            want[:count] = Want.NOTHING
-            if end == n:
-                want[last], temperature[last], seed[last], choice[last] = Want.TOKEN, heat, key, 0
-            forward(count)
-            new = results.item(0)
+    temperature, top_k, top_p, min_p = rows.temperature, rows.top_k, rows.top_p, rows.min_p
+    seed, choice, adjust_begin, adjust_end = rows.seed, rows.choice, rows.adjust_begin, rows.adjust_end
+    heat, most = np.float32(request.temperature), np.int32(request.top_k)
+    share, least = np.float32(request.top_p), np.float32(request.min_p)
+    key, wanted, held = np.uint64(request.seed), Want.TOKEN if logits is None else Want.LOGITS, slot.ids
+    ids, n, index = request.ids, len(request.ids), slot.index
+    adjusted = request.repeat_penalty != 1 or len(request.logit_bias) > 0
+    changes = Adjustments(rows, slot, ids, request.repeat_penalty, request.logit_bias) if adjusted else None
+    first, last = (changes.begin, changes.end) if changes else (0, 0)
+
+    def put(row: int) -> None:
+        want[row], temperature[row], top_k[row], top_p[row], min_p[row] = wanted, heat, most, share, least
+        seed[row], choice[row], adjust_begin[row], adjust_end[row] = key, 0, first, last
+
+    def run_chunk(begin: int, end: int) -> int:
+        """Tokens [begin, end) of the prompt: the new token after the last one, -1 before."""
         if end < n:
-            yield -1  # nothing yet: a place to stop
-    yield new
+            run_prompt(kernel, slot, ids, begin, end, want=Want.NOTHING, last=Want.NOTHING)
+            return -1
+        put(end - begin - 1)
+        run_prompt(kernel, slot, ids, begin, end, want=Want.NOTHING, last=wanted)
+        return result()
+
+    def run_token(last_token: int, at: int) -> int:
+        token[0], slots[0], pos[0] = last_token, index, at
+        put(0)
+        forward(1)
+        held[at], slot.n = last_token, at + 1
+        return result()
+
+    def result() -> int:
+        if logits is not None:
+            logits[:] = kernel.logits[0]
+        return results.item(0)
+
+    for begin in range(slot.n, n, chunk):
+        new = take(run_chunk, begin, min(begin + chunk, n))
+        yield new
     for at in range(n, n + request.max_tokens - 1):
         if new in request.stop_ids:
             return
-        with lock:
-            check()
-            token[0], slots[0], pos[0], want[0] = new, slot, at, Want.TOKEN
-            temperature[0], seed[0], choice[0] = heat, key, 0
-            forward(1)
-            new = results.item(0)
+        if changes is not None:
+            changes.note(new)
+            last = changes.end
+        new = take(run_token, new, at)
         yield new
 
 
 class Piece(NamedTuple):
-    """What one token added. `text` is empty while a character is incomplete, and for the token that ends the text."""
+    """What one token added. `text` is empty while a character is incomplete, while it may be the beginning of a stop
+    string, and for the token that ends the text."""
 
     text: str
-    token_id: int | None  # None: bytes left over at the end
+    token_id: int | None  # None: text that was held back, at the end
+    logprobs: TokenLogprobs | None = None  # where asked for
 
 
 class Stream(Iterator[Piece]):
@@ -69,7 +96,8 @@ class Stream(Iterator[Piece]):
 
     `close` (also from another thread, and by leaving a `with` block) cancels within one forward. `output` is
     what has been made so far; its finish_reason is "cancelled" unless the answer came to its own end. The slot
-    is taken at the first piece and given back at the end, at close, or when the stream is garbage collected.
+    is taken at the first piece and given back at the end, at close, or when the stream is garbage collected. Pieces
+    may be taken by one thread after another, not by two at once.
     """
 
     def __init__(
@@ -85,20 +113,32 @@ class Stream(Iterator[Piece]):
         encode_ns: int,
     ) -> None:
         self._request = request
+        self._slots = slots
         self._tokenizer = tokenizer
         self._step_bytes = step_bytes  # read by a token, of its number of positions
         self._ids: list[int] = []
         self._texts: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._step_ns: list[int] = []
         self._ttft_ns = 0
+        self._cached = 0
+        self._stop: str | None = None
         self._cancelled = False
-        self._pieces = self._run(kernel, turns, slots, chunk, encode_ns)
+        self._pieces = self._run(kernel, turns, chunk, encode_ns)
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        try:
+            piece = next(self._pieces)
+        except ValueError:
+            if getgeneratorstate(self._pieces) == GEN_RUNNING:
+                raise RequestError("another thread is taking a piece of this stream: take turns") from None
+            raise
+        if self._cancelled:  # by another thread, while this one was inside
+            self._pieces.close()
+        return piece
 
     def __enter__(self) -> Stream:
         return self
@@ -108,13 +148,15 @@ class Stream(Iterator[Piece]):
 
     def close(self) -> None:
         self._cancelled = True
-        with suppress(ValueError):  # another thread is inside: it sees the flag after its forward
+        try:
             self._pieces.close()
+        except ValueError:  # another thread is inside: it sees the flag after its forward, or when it wakes
+            self._slots.wake()
 
     @property
     def finish_reason(self) -> str:
         ids = self._ids
-        if ids and ids[-1] in self._request.stop_ids:
+        if self._stop is not None or (ids and ids[-1] in self._request.stop_ids):
             return "stop"
         return "length" if len(ids) == self._request.max_tokens else "cancelled"
 
@@ -129,24 +171,34 @@ class Stream(Iterator[Piece]):
             seed=self._request.seed,
             finish_reason=self.finish_reason,
             timing=make_timing(self._ttft_ns, self._step_ns, n_bytes),
+            logprobs=None if self._request.logprobs is None else list(self._logprobs),
+            cached_tokens=self._cached,
+            stop=self._stop,
         )
 
-    def _run(
-        self, kernel: Kernel, turns: Turns, slots: Slots, chunk: int, encode_ns: int
-    ) -> Generator[Piece, None, None]:
-        ids, texts, stop_ids, clock = self._ids, self._texts, self._request.stop_ids, perf_counter_ns
+    def _run(self, kernel: Kernel, turns: Turns, chunk: int, encode_ns: int) -> Generator[Piece, None, None]:
+        request, ids, texts, clock, me = self._request, self._ids, self._texts, perf_counter_ns, threading.get_ident
+        stop_ids, n_top, logprobs = request.stop_ids, request.logprobs, None
+        logits = None if n_top is None else np.empty(kernel.program.spec.vocab_size, np.float32)
         text_stream = self._tokenizer.stream() if self._tokenizer is not None else _NoText()
-        detokenize = text_stream.step
+        detokenize, finder = text_stream.step, StopFinder(request.stops) if request.stops else None
         record = self._step_ns.append
         begin = clock() - encode_ns
-        slot = slots.acquire()
-        try:
-            for new in token_loop(kernel, turns, slot, self._request, chunk):
+        with self._slots.taken(request.ids, len(request.ids) - 1, self._is_cancelled) as slot:
+            if slot is None:
+                return
+            self._cached = slot.n
+            for new in token_loop(kernel, turns, slot, request, chunk, logits):
                 if self._cancelled:
                     return
                 if new < 0:
                     continue
                 text = "" if new in stop_ids else detokenize(new) or ""
+                if finder is not None:
+                    text, self._stop = finder.feed(text)
+                if logits is not None and n_top is not None:
+                    logprobs = token_logprobs(logits, new, n_top)
+                    self._logprobs.append(logprobs)
                 ids.append(new)
                 texts.append(text)
                 now = clock()
@@ -154,14 +206,29 @@ class Stream(Iterator[Piece]):
                     record(now - begin)
                 else:
                     self._ttft_ns = now - begin
-                yield Piece(text, new)
+                yield Piece(text, new, logprobs)
+                if self._stop is not None:
+                    return
+                slot.owner = me()
                 begin = clock()
-        finally:
-            slots.release(slot)
-        rest = text_stream.finish()
+        rest = text_stream.finish() or ""
+        if finder is not None:
+            rest, self._stop = finder.feed(rest)
+            rest += finder.rest()
         if rest:
             texts.append(rest)
             yield Piece(rest, None)
+
+    def _is_cancelled(self) -> bool:
+        return self._cancelled
+
+
+def run_out(stream: Stream) -> Output:
+    """Takes all pieces of a stream."""
+    with stream:
+        for _ in stream:
+            pass
+    return stream.output
 
 
 class _NoText:

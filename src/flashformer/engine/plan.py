@@ -9,7 +9,7 @@ from ..check import check
 from ..model.outline import read_outline
 from ..program import Program, build
 from ..program.ops import bytes_read
-from .request import Defaults, defaults
+from .defaults import Defaults, read_defaults
 from .setup import Options, Setup, kv_read_bytes, set_up
 
 
@@ -121,7 +121,7 @@ def plan_model(
     outline = read_outline(model, revision=revision, offline=offline)
     setup = set_up(outline.spec, outline.stored_format, options)
     program = build(outline.spec, setup.target)
-    plan = make_plan(outline.name, program, setup, defaults(outline.generation_config), isa=isa)
+    plan = make_plan(outline.name, program, setup, read_defaults(outline.generation_config), isa=isa)
     return replace(plan, proof=dict(check(program).proved)) if prove else plan
 
 

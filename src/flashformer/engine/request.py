@@ -6,12 +6,19 @@ import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import LoadError, RequestError
+from ..backends.base import MAX_BIASES
+from ..errors import RequestError
+from ..model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from .defaults import Defaults
+
+T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -23,7 +30,18 @@ class Limits:
     prompt_chars: int = 8 << 20
     max_tokens: tuple[int, int] = (1, 1 << 30)
     temperature: tuple[float, float] = (1e-6, 100.0)  # or 0, which is greedy
+    top_k: tuple[int, int] = (0, 2**31 - 1)  # and no more than the vocabulary
+    top_p: tuple[float, float] = (1e-6, 1.0)
+    min_p: tuple[float, float] = (0.0, 1.0)
+    repeat_penalty: tuple[float, float] = (0.1, 10.0)
+    biases: int = MAX_BIASES
+    bias: tuple[float, float] = (-100.0, 100.0)
+    stops: int = 4
+    stop_chars: int = 256
+    logprobs: tuple[int, int] = (0, 20)  # and no more than the vocabulary
     seed: tuple[int, int] = (0, 2**64 - 1)
+    messages: int = 2048
+    template_variables: int = 16
     streams: tuple[int, int] = (1, 16)
     threads: tuple[int, int] = (1, 1024)
     prompt_chunk: tuple[int, int] = (1, 1024)
@@ -33,15 +51,106 @@ class Limits:
 LIMITS: Final = Limits()
 
 
+class SamplingArguments(TypedDict, total=False):
+    """The fields of SamplingSettings as keyword arguments."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repeat_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+    ignore_eos: bool
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are chosen and when an answer ends, as asked: the one type that all entry paths share.
+
+    Everything but what needs the model is checked here. None means the model's default, which is what
+    generation_config.json says (of temperature, top_k, top_p and min_p only if it samples), else off. In the order in
+    which they apply: repeat_penalty, logit_bias, temperature, top_k, top_p, min_p (see backends/sampling.py). Raises
+    RequestError.
+    """
+
+    max_tokens: int | None = None  # 256 unless given, at most what the context leaves
+    temperature: float | None = None  # 0: greedy
+    top_k: int | None = None  # choose among the k likeliest; 0: off
+    top_p: float | None = None  # choose among the likeliest that make up p together; 1: off
+    min_p: float | None = None  # leave out tokens below this share of the likeliest; 0: off
+    repeat_penalty: float | None = None  # of every token of prompt and answer; divides a positive logit; 1: off
+    logit_bias: Mapping[int, float] | None = None  # token id -> added to its logit
+    seed: int | None = None  # drawn for every answer unless given
+    stop: str | Sequence[str] | None = None  # texts that end the answer and are not part of it
+    logprobs: int | None = None  # report each token's log probability, and those of so many likeliest tokens
+    ignore_eos: bool = False  # go on past the end of the text
+
+    def __post_init__(self) -> None:
+        for name, checked in _CHECKS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, checked(value))
+        flag("ignore_eos", self.ignore_eos)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return tuple(self.stop or ())  # a tuple since it was checked
+
+
 @dataclass(frozen=True)
 class Request:
-    """A validated request."""
+    """A validated request of one model, every setting decided."""
 
     ids: NDArray[np.int32]  # (n_prompt) token ids, 1 <= n_prompt < ctx
     max_tokens: int  # at most ctx - n_prompt
     temperature: float  # 0: greedy
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int
+    stops: tuple[str, ...]
     stop_ids: frozenset[int]  # token ids that end the text
+    logprobs: int | None
+
+
+def make_request(
+    ids: NDArray[np.int32], asked: SamplingSettings, defaults: Defaults, spec: ModelSpec, ctx: int, *, has_text: bool
+) -> Request:
+    """`has_text`: whether the model has a tokenizer. Raises RequestError for what this model cannot do."""
+    vocab_size = spec.vocab_size
+    bias = asked.logit_bias or {}
+    for token in bias:
+        integer("logit_bias: token id", token, (0, vocab_size - 1))
+    if asked.top_k is not None:
+        integer("top_k", asked.top_k, (0, vocab_size))
+    if asked.logprobs is not None:
+        integer("logprobs", asked.logprobs, (0, min(LIMITS.logprobs[1], vocab_size)))
+    if asked.stops and not has_text:
+        raise RequestError("stop: this model has no tokenizer and so makes no text: leave stop out")
+    return Request(
+        ids=ids,
+        max_tokens=clamp_tokens(asked.max_tokens, len(ids), ctx),
+        temperature=_first(asked.temperature, defaults.temperature),
+        top_k=_first(asked.top_k, defaults.top_k),  # a default may be more than there are tokens: all of them
+        top_p=_first(asked.top_p, defaults.top_p),
+        min_p=_first(asked.min_p, defaults.min_p),
+        repeat_penalty=_first(asked.repeat_penalty, defaults.repeat_penalty),
+        logit_bias=bias,
+        seed=seed(asked.seed),
+        stops=asked.stops,
+        stop_ids=frozenset() if asked.ignore_eos else frozenset(spec.eos_ids),
+        logprobs=asked.logprobs,
+    )
+
+
+def _first(asked: T | None, default: T) -> T:
+    return default if asked is None else asked
 
 
 def integer(name: str, value: object, limits: tuple[int, int]) -> int:
@@ -52,26 +161,56 @@ def integer(name: str, value: object, limits: tuple[int, int]) -> int:
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise RequestError(f"{name}={value!r}: expected an integer from {low} to {high}") from None
+        raise RequestError(f"{name}={shown(value)}: expected an integer from {low} to {high}") from None
     if not low <= number <= high:
-        raise RequestError(f"{name}={number}: expected an integer from {low} to {high}")
+        raise RequestError(f"{name}={shown(number)}: expected an integer from {low} to {high}")
     return number
 
 
+def real(name: str, value: object, limits: tuple[float, float], *, or_zero: str = "") -> float:
+    """`value` as a float within `limits`, or 0 where `or_zero` says what that means. Raises RequestError."""
+    low, high = limits
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not (number and ((or_zero and value == 0) or low <= value <= high)):  # type: ignore[operator]  # NaN is neither
+        zero = f"0 ({or_zero}) or " if or_zero else ""
+        raise RequestError(f"{name}={shown(value)}: expected {zero}a number from {low:g} to {high:g}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def shown(value: object) -> str:
+    """`value` for a message, cut where it is long."""
+    if isinstance(value, int) and abs(value) >= 1 << 128:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except ValueError:  # such an integer inside
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def temperature(value: object) -> float:
-    """A temperature: 0 for greedy, else within the limits. Raises RequestError."""
-    low, high = LIMITS.temperature
-    expected = f"expected 0 (greedy) or a number from {low:g} to {high:g}"
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
-        raise RequestError(f"temperature={value!r}: {expected}")
-    if not (value == 0 or low <= value <= high):  # NaN compares false
-        raise RequestError(f"temperature={value!r}: {expected}")
-    return float(value)
+    return real("temperature", value, LIMITS.temperature, or_zero="greedy")
+
+
+def top_k(value: object) -> int:
+    return integer("top_k", value, LIMITS.top_k)
+
+
+def top_p(value: object) -> float:
+    return real("top_p", value, LIMITS.top_p)
+
+
+def min_p(value: object) -> float:
+    return real("min_p", value, LIMITS.min_p)
+
+
+def repeat_penalty(value: object) -> float:
+    return real("repeat_penalty", value, LIMITS.repeat_penalty)
 
 
 def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise RequestError(f"{name}={value!r}: expected True or False")
+        raise RequestError(f"{name}={shown(value)}: expected True or False")
     return value
 
 
@@ -80,18 +219,85 @@ def seed(value: object) -> int:
     return secrets.randbits(53) if value is None else integer("seed", value, LIMITS.seed)
 
 
-def prompt_text(text: str) -> str:
-    """Text that every tokenizer can encode. Raises RequestError."""
-    if len(text) > LIMITS.prompt_chars:
-        raise RequestError(f"prompt of {len(text)} characters: at most {LIMITS.prompt_chars} are accepted")
+def logit_bias(value: object) -> Mapping[int, float]:
+    """Token id -> bias; the ids are checked against the vocabulary later. Raises RequestError."""
+    if not isinstance(value, Mapping):
+        raise RequestError(f"logit_bias of type {type(value).__name__}: expected a mapping of token ids to numbers")
+    if len(value) > LIMITS.biases:
+        raise RequestError(f"logit_bias of {len(value)} tokens: at most {LIMITS.biases} are accepted")
+    return {
+        integer("logit_bias: token id", token, (0, 2**31 - 1)): real(f"logit_bias[{shown(token)}]", bias, LIMITS.bias)
+        for token, bias in value.items()
+    }
+
+
+def stop_strings(value: object) -> tuple[str, ...]:
+    """One text or several. Raises RequestError."""
+    stops = (value,) if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple):
+        raise RequestError(f"stop of type {type(value).__name__}: expected text, or a list of texts")
+    if len(stops) > LIMITS.stops:
+        raise RequestError(f"stop: {len(stops)} texts, at most {LIMITS.stops} are accepted")
+    for stop in stops:
+        if not isinstance(stop, str) or not 1 <= len(stop) <= LIMITS.stop_chars:
+            found = f"{len(stop)} characters" if isinstance(stop, str) else f"{shown(stop)}"
+            raise RequestError(f"stop: {found}, expected text of 1 to {LIMITS.stop_chars} characters")
+        unicode_text("stop", stop)
+    return tuple(dict.fromkeys(stops))
+
+
+_CHECKS: Final[Mapping[str, Any]] = {
+    "max_tokens": lambda value: integer("max_tokens", value, LIMITS.max_tokens),
+    "temperature": temperature,
+    "top_k": top_k,
+    "top_p": top_p,
+    "min_p": min_p,
+    "repeat_penalty": repeat_penalty,
+    "logit_bias": logit_bias,
+    "seed": seed,
+    "stop": stop_strings,
+    "logprobs": lambda value: integer("logprobs", value, LIMITS.logprobs),
+}
+
+
+def unicode_text(name: str, text: str) -> str:
+    """Text without lone surrogates. Raises RequestError."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"prompt has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
+            f"{name} has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
             "it is not valid Unicode text; decode the bytes as UTF-8 first"
         ) from None
     return text
+
+
+def prompt_text(text: str) -> str:
+    """Text that every tokenizer can encode. Raises RequestError."""
+    if len(text) > LIMITS.prompt_chars:
+        raise RequestError(f"prompt of {len(text)} characters: at most {LIMITS.prompt_chars} are accepted")
+    return unicode_text("prompt", text)
+
+
+def template_variables(given: object) -> dict[str, Any]:
+    """Further variables of a chat template: a few, by name, of single values. Raises RequestError."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise RequestError(f"template_variables of type {type(given).__name__}: expected a mapping of names to values")
+    if len(given) > LIMITS.template_variables:
+        raise RequestError(f"template_variables: {len(given)}, at most {LIMITS.template_variables} are accepted")
+    for name, value in given.items():
+        if not isinstance(name, str) or name in _RESERVED_VARIABLES:
+            raise RequestError(f"template_variables: name {shown(name)}: expected text, none of {_RESERVED_VARIABLES}")
+        if not isinstance(value, str | int | float | None):
+            raise RequestError(
+                f"template_variables[{shown(name)}]={shown(value)}: expected text, a number, True, False or None"
+            )
+    return dict(given)
+
+
+_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt")
 
 
 def token_ids(ids: Sequence[object] | NDArray[np.integer], vocab_size: int, ctx: int) -> NDArray[np.int32]:
@@ -121,110 +327,6 @@ def clamp_tokens(max_tokens: object, n_prompt: int, ctx: int) -> int:
             "shorten it, or load with a larger ctx"
         )
     return min(asked, ctx - n_prompt)
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What generation_config.json asks for. `unused`: settings that change the text and are not applied, as text."""
-
-    temperature: float
-    unused: tuple[str, ...]
-
-    @property
-    def warning(self) -> str | None:
-        """One line for people, None where everything is applied."""
-        if not self.unused:
-            return None
-        return (
-            f"generation_config.json asks for {', '.join(self.unused)}: not applied by this version, so the text can "
-            "differ from that of transformers"
-        )
-
-
-# Settings of generation_config.json that change the text, with the values that leave it as it is (None always does).
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
-    "constraints": ([],),
-    "diversity_penalty": (0,),
-    "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": ([],),
-    "forced_bos_token_id": (),
-    "forced_decoder_ids": ([],),
-    "forced_eos_token_id": ([],),
-    "guidance_scale": (1,),
-    "low_memory": (False,),
-    "max_time": (),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_beam_groups": (1,),
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "penalty_alpha": (0,),
-    "remove_invalid_values": (False,),
-    "renormalize_logits": (False,),
-    "repetition_penalty": (1,),
-    "sequence_bias": ({}, []),
-    "stop_strings": ([], ""),
-    "suppress_tokens": ([],),
-    "token_healing": (False,),
-    "watermarking_config": (),
-}
-_NEUTRAL_SAMPLING: Mapping[str, tuple[object, ...]] = {
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "min_p": (0,),
-    "top_h": (),
-    "top_k": (0,),
-    "top_p": (1,),
-    "typical_p": (1,),
-}
-# No effect on the text here: ids, which are read with the model; lengths, which -n and ctx decide; memory and output.
-_WITHOUT_EFFECT = frozenset(
-    (
-        *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
-        *("do_sample", "temperature", "max_length", "max_new_tokens", "early_stopping", "length_penalty"),
-        *("use_cache", "cache_implementation", "cache_config", "return_legacy_cache", "compile_config"),
-        *("disable_compile", "prefill_chunk_size", "continuous_batching_config"),
-        *("output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate"),
-        *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
-        *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "prompt_lookup_num_tokens"),
-        *("max_matching_ngram_size", "trust_remote_code", "chat_format", "max_window_size"),
-    )
-)
-
-
-def defaults(generation_config: Mapping[str, object]) -> Defaults:
-    """temperature only under `do_sample` (then 1 where none is stated). Raises LoadError.
-
-    What changes the text and is not applied goes to `unused`, so that it is said: many checkpoints state a
-    repeat penalty or top_p, and refusing them would help nobody. Settings of sampling count only under `do_sample`;
-    keys that no version of transformers knows are `unused` too.
-    """
-    samples = bool(generation_config.get("do_sample"))
-    chosen = 0.0
-    if samples:
-        stated = generation_config.get("temperature")
-        try:
-            chosen = temperature(1.0 if stated is None else stated)
-        except RequestError as error:
-            raise LoadError(f"generation_config.json: {error}") from None
-    unused = []
-    for key, value in generation_config.items():
-        if value is None or key.startswith("_") or key in _WITHOUT_EFFECT:
-            continue
-        if key in _NEUTRAL_SAMPLING:
-            neutral = not samples or value in _NEUTRAL_SAMPLING[key]
-        else:
-            neutral = value in _NEUTRAL.get(key, ())
-        if not neutral:
-            text = f"{key}={value}"
-            unused.append(text if len(text) <= 80 else f"{text[:77]}...")
-    return Defaults(chosen, tuple(unused))
 
 
 def is_batch(prompt: object) -> bool:

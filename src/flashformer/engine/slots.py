@@ -5,21 +5,53 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from typing import ParamSpec, TypeVar
 
-from ..errors import DeviceError, RequestError
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DeviceError, FlashformerError, RequestError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LOOK_S = 0.05  # a thread in line looks at its place so often even if nobody wakes it
+NESTED_S = 5.0  # a thread that holds all slots itself waits so long for another thread to go on with one of them
 
 
 class Turns:
-    """`with turns.lock: turns.check()` comes before every use of the kernel.
+    """`take` is how the kernel is used: threads come to it one at a time, in the order in which they asked.
 
-    The lock is a plain one and entered directly, because then an interrupt cannot come between taking it and
-    the block that gives it back.
+    `lock` is what keeps two of them apart (`with turns.lock: turns.check()` does too, out of order). It is a plain one
+    and entered directly, because then an interrupt cannot come between taking it and the block that gives it back. A
+    plain lock knows no order, so those who find it taken also stand in a line. The line protects nothing: a place
+    that an interrupt left behind in it is passed over after a while.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self._line: list[threading.Lock] = []  # a place is a lock that its thread waits for; changed under the GIL
         self._pid = os.getpid()
         self._closed = False
+
+    def take(self, use: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `use` returns, run when all who asked before have had their turn. Raises DeviceError as `check`."""
+        place = None
+        try:
+            if self._line or self.lock.locked():
+                place = self._stand_in_line()
+            with self.lock:
+                if place is not None:
+                    self._leave(place)
+                self.check()
+                return use(*args, **kwargs)
+        finally:
+            if place is not None:
+                self._leave(place)
+            if self._line:
+                self._wake_first()
 
     def check(self) -> None:
         """Raises DeviceError where the kernel cannot be used: after close, and in a forked child."""
@@ -37,50 +69,175 @@ class Turns:
             first, self._closed = not self._closed, True
             return first
 
+    @property
+    def n_waiting(self) -> int:
+        return len(self._line)
+
+    def _stand_in_line(self) -> threading.Lock:
+        """Returns when the caller is first and the lock is free. It keeps its place until it has the lock, so that
+        whoever comes now stands behind it."""
+        self.check()  # in a forked child the line would never move
+        place = threading.Lock()
+        place.acquire()
+        stale = None
+        try:
+            self._line.append(place)
+            while place in self._line and (self._line[0] is not place or self.lock.locked()):
+                if place.acquire(timeout=LOOK_S):
+                    continue
+                with suppress(IndexError):
+                    first, idle = self._line[0], not self.lock.locked()
+                    if idle and first is stale and first is not place:
+                        self._leave(first)  # its thread is gone
+                    stale = first if idle else None
+        except BaseException:
+            self._leave(place)
+            raise
+        return place
+
+    def _leave(self, place: threading.Lock) -> None:
+        with suppress(ValueError):
+            self._line.remove(place)
+
+    def _wake_first(self) -> None:
+        with suppress(IndexError, RuntimeError):  # gone meanwhile, or woken already
+            self._line[0].release()
+
+
+class Slot:
+    """The KV cache of one sequence, and the token ids that it holds: `ids[:n]` at positions 0 to n - 1."""
+
+    __slots__ = ("ids", "index", "n", "n_slots", "owner", "used")
+
+    def __init__(self, index: int, n_slots: int, ctx: int) -> None:
+        self.index = index
+        self.n_slots = n_slots
+        self.ids: NDArray[np.int32] = np.zeros(ctx, np.int32)
+        self.n = 0
+        self.owner: int | None = None  # thread that took it, or last went on with its sequence; None: free
+        self.used = 0  # grows with every release; 0: holds nothing worth keeping
+
+    def shared(self, ids: NDArray[np.int32]) -> int:
+        """How many tokens at the beginning of `ids` the cache holds."""
+        n = min(self.n, len(ids))
+        differ = np.flatnonzero(self.ids[:n] != ids[:n])
+        return int(differ[0]) if len(differ) else n
+
+    def forget(self) -> None:
+        self.n = self.used = 0
+
 
 class Slots:
     """A request holds one slot from its first forward until it ends, is closed or is garbage collected.
 
-    A request that finds none free waits for another thread to give one back, for at most `wait_s`. Where every
-    slot is held by the asking thread itself, waiting could never end, so that is an error at once.
+    A request that finds none free waits, at most `wait_s`; those that wait get one in the order in which they came.
+    Where every slot is held by the asking thread itself, waiting could never end, so that is an error: at once in the
+    main thread; after NESTED_S in others, because there the streams may be passed from thread to thread
+    (`asyncio.to_thread`) and another may go on with one.
     """
 
-    def __init__(self, n: int, wait_s: float) -> None:
-        self._owners: list[int | None] = [None] * n  # thread that holds the slot
+    def __init__(self, n: int, ctx: int, wait_s: float) -> None:
+        self._slots = [Slot(i, n, ctx) for i in range(n)]
         self._wait_s = wait_s
-        self._changed = threading.Condition(threading.RLock())  # reentrant: a finalizer may release at any point
+        self._lock = threading.RLock()  # reentrant: a finalizer may release at any point
+        self._changed = threading.Condition(self._lock)
+        self._line: list[object] = []
+        self._releases = 0
         self._closed = False
 
-    def acquire(self) -> int:
-        """A free slot. Raises RequestError if none can become free, DeviceError after close."""
-        me, deadline = threading.get_ident(), time.monotonic() + self._wait_s
-        with self._changed:
-            while None not in self._owners:
-                if self._closed:
-                    break
-                if all(owner == me for owner in self._owners):
-                    raise RequestError(
-                        f"all {len(self._owners)} slots are held by streams that this thread left open: "
-                        "finish or close one, or load with more streams"
-                    )
-                if not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
-                    raise RequestError(
-                        f"no slot became free within {self._wait_s:g} s ({len(self._owners)} in use): "
-                        "close streams that are no longer read, or load with more streams"
-                    )
-            if self._closed:
-                raise DeviceError("the model is closed: load it again")
-            slot = self._owners.index(None)
-            self._owners[slot] = me
-            return slot
+    @contextmanager
+    def taken(
+        self, ids: NDArray[np.int32], reusable: int, cancelled: Callable[[], bool] = lambda: False
+    ) -> Generator[Slot | None, None, None]:
+        """`acquire`, and `release` at the end. An error of the kernel makes the slot forget what it held."""
+        slot = self.acquire(ids, reusable, cancelled)
+        try:
+            yield slot
+        except FlashformerError:
+            if slot is not None:
+                slot.forget()
+            raise
+        finally:
+            if slot is not None:
+                self.release(slot)
 
-    def release(self, slot: int) -> None:
-        with self._changed:
-            self._owners[slot] = None
-            self._changed.notify()
+    def acquire(
+        self, ids: NDArray[np.int32], reusable: int, cancelled: Callable[[], bool] = lambda: False
+    ) -> Slot | None:
+        """A free slot for a prompt; its `n` first tokens, `reusable` at most, are in its cache already.
+
+        The slot whose cached tokens share the longest prefix with the prompt, unless more of what it holds would be
+        lost than is shared; then the least recently used. None if `cancelled` becomes true (see `wake`). Raises
+        RequestError if no slot can become free, DeviceError after close.
+        """
+        me, place, begin = threading.get_ident(), object(), time.monotonic()
+        nested_since: float | None = None
+        with self._lock:
+            self._line.append(place)
+            try:
+                while True:
+                    if self._closed:
+                        raise DeviceError("the model is closed: load it again")
+                    if cancelled():
+                        return None
+                    free = [slot for slot in self._slots if slot.owner is None]
+                    if free and self._line[0] is place:
+                        break
+                    now = time.monotonic()
+                    nested = all(slot.owner == me for slot in self._slots)
+                    nested_since = (nested_since or now) if nested else None
+                    self._refuse_endless(now - begin, None if nested_since is None else now - nested_since)
+                    left = self._wait_s - (now - begin)
+                    self._changed.wait(max(0.0, min(left, NESTED_S / 10 if nested else left)))
+                slot = _best(free, ids)
+                slot.n, slot.owner = min(slot.shared(ids), reusable), me
+                return slot
+            finally:
+                self._line.remove(place)
+                self._changed.notify_all()
+
+    def release(self, slot: Slot) -> None:
+        with self._lock:
+            self._releases += 1
+            slot.owner, slot.used = None, self._releases if slot.n else 0
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Makes those who wait look again whether they are cancelled."""
+        with self._lock:
+            self._changed.notify_all()
+
+    def forget(self) -> None:
+        """For those who write to the caches without taking a slot."""
+        with self._lock:
+            for slot in self._slots:
+                slot.forget()
 
     def close(self) -> None:
         """Refuses all later requests and wakes those that wait."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._line)
+
+    def _refuse_endless(self, waited_s: float, nested_s: float | None) -> None:
+        main = threading.current_thread() is threading.main_thread()
+        if nested_s is not None and (main or nested_s >= NESTED_S):
+            raise RequestError(
+                f"all {len(self._slots)} slots are held by streams that this thread left open: "
+                "finish or close one, or load with more streams"
+            )
+        if waited_s >= self._wait_s:
+            raise RequestError(
+                f"no slot became free within {self._wait_s:g} s ({len(self._slots)} in use): "
+                "close streams that are no longer read, or load with more streams"
+            )
+
+
+def _best(free: list[Slot], ids: NDArray[np.int32]) -> Slot:
+    shared = {slot.index: slot.shared(ids) for slot in free}
+    worthwhile = [slot for slot in free if 2 * shared[slot.index] > slot.n]
+    return min(worthwhile or free, key=lambda slot: (-shared[slot.index] if worthwhile else 0, slot.used))

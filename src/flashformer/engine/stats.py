@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .logprobs import TokenLogprobs
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -23,12 +25,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Output:
-    text: str  # "" where the model has no tokenizer
-    token_ids: list[int]  # new tokens; the one that ended the text is the last
+    text: str  # without the stop string; "" where the model has no tokenizer
+    token_ids: list[int]  # all new tokens; the one that ended the text is the last
     prompt_token_ids: list[int]
     seed: int
     finish_reason: str  # "stop" | "length" | "cancelled"
     timing: Timing
+    logprobs: list[TokenLogprobs] | None = None  # one per new token, where asked for
+    cached_tokens: int = 0  # of the prompt, found in the slot's cache and not computed again
+    stop: str | None = None  # the stop string that ended the text
 
 
 def percentile(ordered: list[float], share: float) -> float:
