@@ -127,8 +127,33 @@ std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases
   return bound;
 }
 
+// Native code runs without the GIL. A thread that asks for it back while the interpreter ends is ended by Python, which
+// in a destructor aborts the process. So `end` comes first: from then on calls keep the GIL, and `n_inside` says how
+// many of those before are not back yet. Both are touched with the GIL held only.
+bool ending = false;
+int n_inside = 0;
+
+class Released {
+ public:
+  Released() {
+    if (ending) return;
+    ++n_inside;
+    state_ = PyEval_SaveThread();
+  }
+  ~Released() {
+    if (!state_) return;
+    PyEval_RestoreThread(state_);
+    --n_inside;
+  }
+  Released(const Released&) = delete;
+  Released& operator=(const Released&) = delete;
+
+ private:
+  PyThreadState* state_ = nullptr;
+};
+
 std::pair<int, int64_t> run_forward(BoundKernel& self, int64_t n_rows) {
-  nb::gil_scoped_release released;
+  const Released released;
   const Result result = self.kernel->forward(self.rows, n_rows);
   return {static_cast<int>(result.outcome), result.detail};
 }
@@ -169,14 +194,14 @@ int64_t pack(Region& region, int64_t offset, int64_t format, int64_t vectors, in
              int64_t source_format, int n_threads) {
   PackJob job{region.data() + offset, static_cast<Format>(format), vectors, n_tiles, k, k_padded, row_map.data(), {}};
   for (const MatrixOrFile& source : sources) job.sources.push_back(source_from(source, source_format, k));
-  nb::gil_scoped_release released;
+  const Released released;
   return pack_tiles(job, n_threads);
 }
 
 int64_t copy(Region& region, int64_t offset, int64_t format, int64_t k, const MatrixOrFile& rows, int64_t source_format,
              int n_threads) {
   const Source source = source_from(rows, source_format, k);
-  nb::gil_scoped_release released;
+  const Released released;
   return copy_rows(region.data() + offset, static_cast<Format>(format), source, k, n_threads);
 }
 
@@ -188,13 +213,13 @@ void block_sums(const Bytes& buffer, int64_t block_bytes,
     throw std::invalid_argument("one sum for each block");
   }
   const SumOf sum = supported_isas().back().sum;
-  nb::gil_scoped_release released;
+  const Released released;
   sum_blocks(reinterpret_cast<const char*>(buffer.data()), n_bytes, block_bytes, sum, sums.data(), n_threads);
 }
 
 double probe(const Bytes& buffer, int n_threads, int mode, double min_seconds) {
   const SumOf sum = supported_isas().back().sum;
-  nb::gil_scoped_release released;
+  const Released released;
   return read_bandwidth(reinterpret_cast<const char*>(buffer.data()), static_cast<int64_t>(buffer.size()), n_threads,
                         mode == 1, min_seconds, sum);
 }
@@ -207,6 +232,8 @@ NB_MODULE(_cpu, m) {
   nb::set_leak_warnings(false);
   m.doc() = "The CPU kernel. See flashformer.backends.cpu.";
 
+  m.def("end", [] { ending = true; }, "From now on calls keep the GIL: for the end of the interpreter.");
+  m.def("n_inside", [] { return n_inside; }, "Calls that run without the GIL.");
   m.def(
       "isas",
       [] {

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <system_error>
 #include <thread>
 
 #include "element.h"
@@ -88,10 +89,15 @@ void share(int64_t n, int n_threads, int64_t k, Body body) {
   std::vector<std::jthread> threads;  // joined also where one cannot be started
   for (int t = 0; t < n_threads; ++t) {
     Buffers& buffers = all[static_cast<std::size_t>(t)];
-    threads.emplace_back([=, &buffers] {
+    const auto work = [=, &buffers] {
       const DefaultRounding rounding;
       body(n * t / n_threads, n * (t + 1) / n_threads, buffers);
-    });
+    };
+    try {
+      threads.emplace_back(work);
+    } catch (const std::system_error&) {  // no more threads: this one does their share
+      work();
+    }
   }
 }
 

@@ -129,7 +129,7 @@ def test_private_memory_is_what_plan_says(shape: str) -> None:
     assert abs(used - planned) <= 0.05 * planned
 
 
-def test_a_forked_child_gets_an_error_and_the_parent_goes_on() -> None:
+def test_c51_a_forked_child_gets_an_error_and_the_parent_goes_on() -> None:
     model = SHAPE.make(1)
     ids = random_ids(1, 9, SHAPE.vocab)
     with cpu_kernel(model) as kernel:
@@ -145,7 +145,7 @@ def test_a_forked_child_gets_an_error_and_the_parent_goes_on() -> None:
         assert np.array_equal(prefill(kernel, ids, chunk=64), expected)
 
 
-def test_a_forked_child_may_load_again_and_drop_the_old_kernel() -> None:
+def test_c51_a_forked_child_may_load_again_and_drop_the_old_kernel() -> None:
     model = SHAPE.make(1)
     ids = random_ids(1, 9, SHAPE.vocab)
     with cpu_kernel(model, n_workers=4) as kernel:
@@ -301,7 +301,7 @@ def test_the_callers_rounding_does_not_matter() -> None:
     assert found.tobytes() == expected.tobytes()
 
 
-def test_a_second_thread_inside_a_kernel_gets_an_error() -> None:
+def test_c52_a_second_thread_inside_a_kernel_gets_an_error() -> None:
     with cpu_kernel(SHAPE.make(1)) as kernel:
         expected = prefill(kernel, list(range(60)), chunk=64)
         messages: list[str] = []
@@ -331,7 +331,7 @@ def test_a_closed_kernel_says_so() -> None:
         kernel.forward(1)
 
 
-def test_closed_kernel_lets_go_of_its_threads() -> None:
+def test_c54_a_closed_kernel_lets_go_of_its_threads() -> None:
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))
 

@@ -54,7 +54,7 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
 
 
-def test_quota_of_4_on_64_cores_gives_4(tree: Tree) -> None:
+def test_c49_quota_of_4_on_64_cores_gives_4(tree: Tree) -> None:
     cpus = tree.cpus(64)
     tree.v2()
     tree.write("sys/fs/cgroup/cpu.max", "400000 100000")
@@ -65,14 +65,14 @@ def test_quota_of_4_on_64_cores_gives_4(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(("quota", "n"), [("150000 100000", 1), ("50000 100000", 1), ("399999 100000", 3)])
-def test_fractional_quota_is_rounded_down_to_at_least_one(tree: Tree, quota: str, n: int) -> None:
+def test_c49_fractional_quota_is_rounded_down_to_at_least_one(tree: Tree, quota: str, n: int) -> None:
     cpus = tree.cpus(8)
     tree.v2()
     tree.write("sys/fs/cgroup/cpu.max", quota)
     assert topology.choose_threads(cpus=cpus, root=tree.root).n == n
 
 
-def test_smallest_quota_of_nested_groups_counts(tree: Tree) -> None:
+def test_c49_smallest_quota_of_nested_groups_counts(tree: Tree) -> None:
     cpus = tree.cpus(32)
     tree.v2("/pod/box/app")
     for folder, quota in {"pod": "600000 100000", "pod/box": "250000 50000", "pod/box/app": "max 100000"}.items():
@@ -98,7 +98,7 @@ def test_v1_path_that_the_mount_does_not_show_is_cut_off(tree: Tree) -> None:
     assert topology.choose_threads(cpus=cpus, root=tree.root).n == 2
 
 
-def test_no_quota_counts_physical_cores_among_the_allowed_cpus(tree: Tree) -> None:
+def test_c49_no_quota_counts_physical_cores_among_the_allowed_cpus(tree: Tree) -> None:
     tree.cpus(16, smt=2)
     tree.v1()
     tree.write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", -1)
@@ -115,7 +115,7 @@ def test_quota_above_the_cores_changes_nothing(tree: Tree) -> None:
     assert topology.choose_threads(cpus=cpus, root=tree.root).n == 2
 
 
-def test_explicit_threads_are_obeyed_with_a_warning_above_the_quota(tree: Tree) -> None:
+def test_c49_explicit_threads_are_obeyed_with_a_warning_above_the_quota(tree: Tree) -> None:
     cpus = tree.cpus(8)
     tree.v2()
     tree.write("sys/fs/cgroup/cpu.max", "200000 100000")
@@ -148,7 +148,7 @@ def test_last_level_caches_are_summed_once_each(tree: Tree) -> None:
     assert topology.last_level_cache_bytes(tree.root, {0, 1}) == 16 << 20
 
 
-def test_free_memory_is_the_tightest_of_machine_and_groups(tree: Tree) -> None:
+def test_c48_free_memory_is_the_tightest_of_machine_and_groups(tree: Tree) -> None:
     tree.v2("/a/b")
     tree.write("proc/meminfo", "MemTotal:       2000000 kB\nMemAvailable:   1000000 kB\nHugePages_Total:       7")
     tree.write("sys/fs/cgroup/a/memory.max", 600 << 20)

@@ -163,9 +163,11 @@ class CpuKernel(Kernel):
 
 
 def _start(kernel: Any, **arguments: Any) -> Any:
-    """The native kernel. Raises DeviceError where its threads cannot be started."""
+    """The native kernel. Raises DeviceError where its memory or threads cannot be had."""
     try:
         return kernel(**arguments)
+    except MemoryError as error:
+        raise DeviceError("memory for the kernel cannot be had: free some, or lower ctx or streams") from error
     except RuntimeError as error:
         raise DeviceError(f"the threads of the kernel cannot be started ({error}): load with fewer threads") from error
 
