@@ -282,3 +282,14 @@ def test_stats_line() -> None:
     cached = stats_line(23, timing, fits_in_cache=True, measured_gb_s=None, peak_bytes=0)
     assert "weights fit in cache" in cached
     assert "%" not in cached
+
+
+def test_c50_models_that_share_the_cpus_are_said_to(folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    n_cpus = len(topology.affinity())
+    with ff.load(folder, threads=n_cpus):
+        with pytest.warns(UserWarning, match="of models loaded before and 1 of this one share"):
+            second = ff.load(folder, threads=1)
+        second.close()
+    recwarn.clear()
+    ff.load(folder, device="reference", threads=n_cpus).close()
+    assert not [w for w in recwarn if "share" in str(w.message)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +89,8 @@ def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """The file's content. Raises LoadError if it cannot be read or is larger than `limit` bytes."""
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size  # asked for first: `read` allocates all that it is allowed
+            data = file.read(min(size, limit) + 1)
     except OSError as e:
         raise LoadError(f"{path}: cannot be read: {e.strerror}") from e
     if len(data) > limit:

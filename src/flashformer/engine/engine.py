@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Kernel, Want
+from ..backends.cpu.topology import affinity
 from ..backends.registry import load_kernel
 from ..check import CheckedProgram, check
 from ..model import Model, load_model
@@ -70,14 +72,30 @@ def load(
     )
     loaded = load_model(model, revision=revision, offline=offline)
     setup = set_up(loaded.spec, loaded.stored_format, options)
-    for warning in (setup.threads.warning, read_defaults(loaded.generation_config).warning):
+    for warning in (setup.threads.warning, _crowd(setup), read_defaults(loaded.generation_config).warning):
         if warning:
             warnings.warn(warning, stacklevel=2)
     program = build(loaded.spec, setup.target)
     require_memory(program.memory, setup)
     checked = check(program)
     kernel = load_kernel(checked, loaded.weights, device=setup.device, threads=setup.threads, progress=progress)
-    return LLM(loaded, setup, checked, kernel)
+    llm = LLM(loaded, setup, checked, kernel)
+    _LOADED.add(llm)
+    return llm
+
+
+_LOADED: weakref.WeakSet[LLM] = weakref.WeakSet()  # those not closed
+
+
+def _crowd(setup: Setup) -> str | None:
+    """What to say of models loaded beside each other with more threads than there are CPUs."""
+    others = sum(other.setup.target.n_workers for other in _LOADED if other.setup.device == setup.device == "cpu")
+    if not others or others + setup.target.n_workers <= (n_cpus := len(affinity())):
+        return None
+    return (
+        f"{others} threads of models loaded before and {setup.target.n_workers} of this one share {n_cpus} CPUs: at "
+        "work together they are slower than in turn; load with fewer threads each, or close what is not needed"
+    )
 
 
 class LLM:
@@ -283,5 +301,6 @@ class LLM:
     def close(self) -> None:
         """Frees threads and memory after the forward that may be running. A second call does nothing."""
         self._slots.close()
+        _LOADED.discard(self)
         if self.turns.close():
             self.kernel.close()
