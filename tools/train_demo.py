@@ -17,6 +17,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import demo_corpus
 import numpy as np
@@ -36,6 +37,7 @@ from demo_model import (
     Cache,
     Llama,
 )
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -181,6 +183,31 @@ def learning_rate(step: int, n_steps: int) -> float:
     return PEAK_LR * min((step + 1) / WARMUP_STEPS, 1.0, (n_steps - step) / (COOLDOWN * n_steps))
 
 
+def write_state(path: Path, model: Any, optimizer: Any, step: int, seconds: float) -> None:
+    """What training goes on from, as one safetensors file: `model.NAME`, `optimizer.INDEX.NAME`."""
+    tensors = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value.clone() for name, value in values.items()}
+    aside = path.with_suffix(".tmp")
+    save_file(tensors, str(aside), metadata={"step": str(step), "seconds": str(seconds)})
+    aside.rename(path)
+
+
+def read_state(path: Path, model: Any, optimizer: Any) -> tuple[int, float]:
+    """Loads what `write_state` wrote; gives step and seconds."""
+    with safe_open(str(path), "pt") as file:
+        names, metadata = file.keys(), file.metadata()
+        tensors = {name: file.get_tensor(name) for name in names}
+    model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, part = name.split(".")
+            state.setdefault(int(index), {})[part] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"]), float(metadata["seconds"])
+
+
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
@@ -202,18 +229,13 @@ def train(args: argparse.Namespace) -> None:
     plain = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
-    state_path, step, seconds = work / "state.pt", 0, 0.0
+    state_path, step, seconds = work / "state.safetensors", 0, 0.0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+        step, seconds = read_state(state_path, model, optimizer)
         print(f"resumed at step {step}", flush=True)
 
     def save_state() -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
-        torch.save(state, state_path.with_suffix(".tmp"))
-        state_path.with_suffix(".tmp").rename(state_path)
+        write_state(state_path, model, optimizer, step, seconds)
 
     n_steps = math.ceil(args.tokens / (BATCH * N_POS)) - POLISH_STEPS
     compiled = torch.compile(loss_of)
