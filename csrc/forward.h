@@ -133,6 +133,11 @@ struct Worker {
   float* heads() const { return folded() + forward->model.d_model_stride; }
   // Factors of norms, (rows, 2).
   float* scales() const { return heads() + kScoreRows * forward->model.partial_stride; }
+  // Of quantized inputs: scales and sums of groups, (rows, group_stride).
+  float* group_scales() const { return scales() + forward->model.rows * 2; }
+  int32_t* group_sums() const {
+    return reinterpret_cast<int32_t*>(group_scales() + forward->model.rows * forward->model.group_stride);
+  }
 
   void begin_unit(int64_t unit) {
     delays.maybe();

@@ -9,7 +9,7 @@ extern "C" void flashformer_in_forward(int entered) __attribute__((weak));
 
 namespace flashformer {
 
-Kernel::Kernel(KernelArrays arrays, const PhaseTable* table, const KernelOptions& options, char* weights, char* kv,
+Kernel::Kernel(KernelArrays arrays, const PhaseTable& table, const KernelOptions& options, char* weights, char* kv,
                char* work)
     : arrays_(std::move(arrays)),
       table_(table),
@@ -147,7 +147,7 @@ void Kernel::work(int index) {
     worker.phase = p;
     if (span.wait > 0 && !wait(p, span.wait)) return;
     if (worker.log) worker.log->add(static_cast<int32_t>(p), kLogWait, span.wait);
-    table_->functions[phase.op](worker, phase, span);
+    table_.functions[phase.op](worker, phase, span);
     team_.arrive();
   }
   if (index == 0) wait(n_phases, n_workers * n_phases);

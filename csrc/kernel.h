@@ -37,7 +37,7 @@ struct Result {
 
 class Kernel {
  public:
-  Kernel(KernelArrays arrays, const PhaseTable* table, const KernelOptions& options, char* weights, char* kv,
+  Kernel(KernelArrays arrays, const PhaseTable& table, const KernelOptions& options, char* weights, char* kv,
          char* work);
 
   // Runs the first n_rows of `rows`. The rows are checked here whatever the caller did.
@@ -57,7 +57,7 @@ class Kernel {
 
   std::atomic_flag busy_;  // a forward is under way
   KernelArrays arrays_;
-  const PhaseTable* table_;
+  PhaseTable table_;
   int64_t n_adjustments_;
   Forward forward_;
   int64_t n_phases_ = 0;  // of the forward under way

@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <tuple>
 #include <variant>
@@ -38,7 +39,7 @@ std::vector<T> records(const Bytes& bytes, const char* name) {
 
 struct Isa {
   const char* name;
-  TableOf table, dot_table;  // dot_table: for products with bf16 activations, or nullptr
+  TableOf table, dot_table;  // dot_table: where there are dot products of bf16 and of bytes, or nullptr
   SumOf sum;
 };
 
@@ -66,13 +67,38 @@ Isa find_isa(const std::string& name) {
   throw std::invalid_argument("instruction set " + name + " is not supported by this CPU");
 }
 
+struct Chosen {
+  const PhaseTable* table;
+  bool narrow;
+};
+
+// Narrow activations where they are wanted and can be had. Quantized weights always can: where an AVX-512 CPU lacks the
+// instructions, AVX2 serves.
+Chosen choose_table(const Isa& isa, Format weights, Format kv, bool narrow) {
+  const bool quantized = weights != Format::kF32 && weights != Format::kF16 && weights != Format::kBf16;
+  for (const TableOf table_of : {isa.dot_table, isa.table, quantized ? avx2_table : nullptr}) {
+    const PhaseTable* table = narrow && table_of ? table_of(weights, kv, true) : nullptr;
+    if (table) return {table, true};
+  }
+  const PhaseTable* table = isa.table(weights, kv, false);
+  if (!table) throw std::invalid_argument("no kernel for these formats");
+  return {table, false};
+}
+
+Format format_of(const KernelArrays& arrays, Op op) {
+  for (const Phase& phase : arrays.phases) {
+    if (phase.op == static_cast<int64_t>(op)) return static_cast<Format>(phase.format);
+  }
+  throw std::invalid_argument("the Program lacks a phase");
+}
+
 // A Kernel with everything it points to.
 struct BoundKernel {
   nb::object keep;             // regions
   std::vector<Bytes> columns;  // what `rows` points into
   std::unique_ptr<Kernel> kernel;
   RowArrays rows;
-  bool dot;
+  bool narrow;
 };
 
 // Points `rows` into the columns, given in the order of RowArrays; returns the length of the adjust columns.
@@ -112,15 +138,17 @@ std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases
                      static_cast<std::size_t>(m.work_bytes) <= work.size();
   if (!sound) throw std::invalid_argument("the arrays of the Program do not fit together");
   const Isa isa = find_isa(isa_name);
-  const Format weight_format = static_cast<Format>(m.weight_format), kv_format = static_cast<Format>(m.kv_format);
-  const bool dot = weight_format == Format::kBf16 && !m.exact && isa.dot_table;
-  const PhaseTable* table = (dot ? isa.dot_table : isa.table)(weight_format, kv_format, dot);
-  if (!table) throw std::invalid_argument("no kernel for these formats");
+  const Format kv_format = static_cast<Format>(m.kv_format);
+  const Chosen body = choose_table(isa, format_of(arrays, Op::kQkv), kv_format, !m.exact);
+  const Chosen head = choose_table(isa, format_of(arrays, Op::kLmHead), kv_format, !m.exact);
+  PhaseTable table = *body.table;
+  const std::size_t lm_head = static_cast<std::size_t>(Op::kLmHead);
+  table.functions[lm_head] = head.table->functions[lm_head];
   auto bound = std::make_unique<BoundKernel>();
   bound->keep = std::move(keep);
   bound->columns = columns;
   const int64_t n_adjustments = bind_rows(columns, m.rows, &bound->rows);
-  bound->dot = dot;
+  bound->narrow = body.narrow;
   bound->kernel = std::make_unique<Kernel>(std::move(arrays), table,
                                            KernelOptions{spins, cpus, delay_seed, log_capacity, n_adjustments},
                                            weights.data(), kv.data(), work.data());
@@ -189,10 +217,24 @@ Source source_from(const MatrixOrFile& from, int64_t format, int64_t k) {
           static_cast<Format>(format)};
 }
 
-int64_t pack(Region& region, int64_t offset, int64_t format, int64_t vectors, int64_t n_tiles, int64_t k,
-             int64_t k_padded, const Column<const int32_t>& row_map, const std::vector<MatrixOrFile>& sources,
-             int64_t source_format, int n_threads) {
-  PackJob job{region.data() + offset, static_cast<Format>(format), vectors, n_tiles, k, k_padded, row_map.data(), {}};
+int64_t pack(Region& region, int64_t offset, int64_t format, int64_t scale_group, int64_t group_bytes, bool zero_points,
+             int zero, int64_t vectors, int64_t n_tiles, int64_t k, int64_t k_padded,
+             const Column<const int32_t>& row_map, const std::vector<MatrixOrFile>& sources, int64_t source_format,
+             int n_threads) {
+  if (scale_group < 0 || scale_group > 128 || scale_group % 32)
+    throw std::invalid_argument("groups of 32, 64, 96, 128");
+  PackJob job{region.data() + offset,
+              static_cast<Format>(format),
+              scale_group,
+              group_bytes,
+              zero_points,
+              static_cast<uint8_t>(zero),
+              vectors,
+              n_tiles,
+              k,
+              k_padded,
+              row_map.data(),
+              {}};
   for (const MatrixOrFile& source : sources) job.sources.push_back(source_from(source, source_format, k));
   const Released released;
   return pack_tiles(job, n_threads);
@@ -261,14 +303,14 @@ NB_MODULE(_cpu, m) {
       .def("forward", &run_forward, "n_rows"_a, "Runs rows[:n_rows]; returns (outcome, detail).")
       .def("log", &read_log, "worker"_a, "[(phase, kind, value, begin)] since the last clear_logs.")
       .def("clear_logs", [](BoundKernel& self) { self.kernel->clear_logs(); })
-      .def_ro("dot", &BoundKernel::dot, "Whether products take bf16 activations.")
+      .def_ro("narrow", &BoundKernel::narrow, "Whether products of the layers take bf16 or int8 activations.")
       .def("stall", [](BoundKernel& self) {
         const Stall& s = self.kernel->stall();
         return std::make_tuple(s.worker, s.phase, s.expected, s.seen);
       });
 
-  m.def("pack", &pack, "region"_a, "offset"_a, "format"_a, "vectors"_a, "n_tiles"_a, "k"_a, "k_padded"_a, "row_map"_a,
-        "sources"_a, "source_format"_a, "n_threads"_a,
+  m.def("pack", &pack, "region"_a, "offset"_a, "format"_a, "scale_group"_a, "group_bytes"_a, "zero_points"_a, "zero"_a,
+        "vectors"_a, "n_tiles"_a, "k"_a, "k_padded"_a, "row_map"_a, "sources"_a, "source_format"_a, "n_threads"_a,
         "Packs tiles; returns the stacked row of an element that is not finite, -1, or -2 if a file could not be read. "
         "A source is a matrix, or (fd, offset, rows, row bytes) of one in a file.");
   m.def("copy", &copy, "region"_a, "offset"_a, "format"_a, "k"_a, "rows"_a, "source_format"_a, "n_threads"_a,

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "element.h"
+#include "quantize.h"
 #include "simd/thread.h"
 
 namespace flashformer {
@@ -118,10 +119,44 @@ const Source& source_of(const PackJob& job, int64_t* row) {
 
 }  // namespace
 
+namespace {
+
+// Lane `o` of a tile in a quantized format: its groups one after the other. False if a scale is beyond f16.
+bool pack_quantized(const PackJob& job, const float* row, int64_t o, char* tile) {
+  const int64_t vector = o / kLanes, lane = o % kLanes, group = job.scale_group;
+  const int64_t per_step = job.format == Format::kInt8 ? 4 : 8, codes_bytes = group / per_step * job.vectors * 64;
+  const int64_t scales_bytes = (job.vectors * 32 + 63) / 64 * 64;
+  bool good = true;
+  for (int64_t g = 0; g * group < job.k_padded; ++g) {
+    float x[kMostGroup] = {};
+    const int64_t begin = g * group, n = job.k - begin < group ? job.k - begin : group;
+    std::memcpy(x, row + begin, static_cast<std::size_t>(n) * sizeof(float));
+    QuantGroup made;
+    quantize_group(x, group, job.format, job.zero_points, job.zero, &made);
+    good = good && (made.scale & 0x7C00) != 0x7C00;
+    char* block = tile + g * job.group_bytes;
+    std::memcpy(block + vector * 32 + lane * 2, &made.scale, 2);
+    if (job.zero_points) block[scales_bytes + vector * 16 + lane] = static_cast<char>(made.zero);
+    char* codes = block + job.group_bytes - codes_bytes + vector * 64 + lane * 4;
+    for (int64_t i = 0; i < group; i += per_step, codes += job.vectors * 64) {
+      for (int64_t j = 0; j < 4; ++j) {
+        const uint8_t high = per_step == 8 ? static_cast<uint8_t>(made.codes[i + j + 4] << 4) : uint8_t{0};
+        codes[j] = static_cast<char>(made.codes[i + j] | high);
+      }
+    }
+  }
+  return good;
+}
+
+}  // namespace
+
 int64_t pack_tiles(const PackJob& job, int n_threads) {
-  const int64_t size = bytes_of(job.format), group = k_group_of(job.format);
-  const int64_t outputs = job.vectors * kLanes, tile_bytes = outputs * job.k_padded * size,
-                step_bytes = job.vectors * 64;
+  const bool quantized = job.scale_group > 0;
+  const Format rows_format = quantized ? Format::kF32 : job.format;
+  const int64_t size = bytes_of(rows_format), group = k_group_of(rows_format);
+  const int64_t outputs = job.vectors * kLanes, step_bytes = job.vectors * 64;
+  const int64_t tile_bytes =
+      quantized ? job.k_padded / job.scale_group * job.group_bytes : outputs * job.k_padded * size;
   std::atomic<int64_t> result{kAllGood};
   share(job.n_tiles, n_threads, job.k, [&](int64_t begin, int64_t end, Buffers& buffers) {
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -133,9 +168,19 @@ int64_t pack_tiles(const PackJob& job, int n_threads) {
         int64_t row = stacked;
         const Source& source = source_of(job, &row);
         const char* in;
-        const Row found = prepare_row(source, row, job.k, job.format, buffers, &in);
+        Row found = prepare_row(source, row, job.k, rows_format, buffers, &in);
+        if (found == Row::kUnread) {
+          report(result, found, stacked);
+          return;
+        }
+        if (quantized) {
+          if (found == Row::kGood && !pack_quantized(job, reinterpret_cast<const float*>(in), o, out)) {
+            found = Row::kNotFinite;
+          }
+          report(result, found, stacked);
+          continue;
+        }
         report(result, found, stacked);
-        if (found == Row::kUnread) return;
         char* lane = out + o / kLanes * 64 + o % kLanes * group * size;
         for (int64_t k = 0; k + group <= job.k; k += group)
           std::memcpy(lane + k / group * step_bytes, in + k * size, 4);

@@ -24,8 +24,11 @@ constexpr int64_t kAllGood = -1;
 constexpr int64_t kReadFailed = -2;
 
 struct PackJob {
-  char* out;      // first tile
-  Format format;  // of the packed weights
+  char* out;                         // first tile
+  Format format;                     // of the packed weights
+  int64_t scale_group, group_bytes;  // of quantized formats, see Format.group_bytes
+  bool zero_points;
+  uint8_t zero;
   int64_t vectors, n_tiles, k, k_padded;
   const int32_t* row_map;  // (n_tiles * vectors * 16) row among the stacked sources, -1: zeros
   std::vector<Source> sources;

@@ -28,8 +28,10 @@ def program_of(
     streams: int = 1,
     ctx: int = 160,
     exact: bool = False,
+    body_quant: Format | None = None,
+    head_quant: Format | None = None,
 ) -> Program:
-    return build(model.spec, Target(n_workers, weights, kv, rows, streams, ctx, exact))
+    return build(model.spec, Target(n_workers, weights, kv, rows, streams, ctx, exact, body_quant, head_quant))
 
 
 @contextmanager

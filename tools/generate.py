@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from flashformer.backends.base import ADJUST_COLUMNS, ROW_COLUMNS
-from flashformer.formats import FORMATS
+from flashformer.formats import FORMATS, NF4, QUANTS
 from flashformer.program.ops import OPS
 from flashformer.program.records import ACTIVATIONS, CONSTANTS, QK_NORMS, RECORDS
+from flashformer.quantize import INT4_STEPS, INT4_ZP_SHARES, NF4_SHARES
 
 HEADER = Path(__file__).parents[1] / "csrc" / "generated" / "program.h"
 C_TYPES = {"<i8": "int64_t", "<f8": "double", "<i4": "int32_t", "<f4": "float", "<u8": "uint64_t"}
@@ -19,6 +21,18 @@ C_TYPES = {"<i8": "int64_t", "<f8": "double", "<i4": "int32_t", "<f4": "float", 
 
 def camel(name: str) -> str:
     return "k" + re.sub(r"(?:^|_)(\w)", lambda m: m[1].upper(), name)
+
+
+QUANT_TABLES = {
+    "kInt4Steps": INT4_STEPS,
+    "kInt4ZpShares": INT4_ZP_SHARES,
+    "kNf4Shares": NF4_SHARES,
+    "kNf4": NF4,
+}
+
+
+def _floats(values: Sequence[float]) -> str:
+    return ", ".join(f"{float(value)!r}f" for value in values)
 
 
 def enum(name: str, codes: dict[str, int]) -> list[str]:
@@ -39,10 +53,13 @@ def generate() -> str:
         *(f"  {camel(info.op)} = {info.code},  // {info.does}" for info in OPS.values()),
         "};",
         "",
-        *enum("Format", {fmt.name: fmt.code for fmt in FORMATS.values()}),
+        *enum("Format", {fmt.name.split("-")[0]: fmt.code for fmt in (*FORMATS.values(), *QUANTS.values())}),
         *enum("Activation", {activation.value: code for activation, code in ACTIVATIONS.items()}),
         *enum("QkNorm", {"none": 0, **{norm.value: code for norm, code in QK_NORMS.items()}}),
         *(f"constexpr int64_t {name} = {value};" for name, value in CONSTANTS.items()),
+        "",
+        "// quantize.py",
+        *(f"constexpr float {name}[] = {{{_floats(values)}}};" for name, values in QUANT_TABLES.items()),
     ]
     for name, dtype in RECORDS.items():
         fields = dict(dtype.fields or {})

@@ -20,6 +20,9 @@ enum class Format : int64_t {
   kF32 = 0,
   kBf16 = 1,
   kF16 = 2,
+  kInt8 = 3,
+  kInt4 = 4,
+  kNf4 = 5,
 };
 
 enum class Activation : int64_t {
@@ -41,6 +44,12 @@ constexpr int64_t kPad = 64;
 constexpr int64_t kScoreRows = 4;
 constexpr int64_t kMaxHeadDim = 256;
 
+// quantize.py
+constexpr float kInt4Steps[] = {8.0f, 8.5f, 7.5f, 7.0f, 6.5f, 6.0f};
+constexpr float kInt4ZpShares[] = {1.0f, 0.949999988079071f, 0.8999999761581421f, 0.8500000238418579f, 0.800000011920929f};
+constexpr float kNf4Shares[] = {1.0f, 0.949999988079071f, 0.8999999761581421f, 0.8500000238418579f};
+constexpr float kNf4[] = {-127.0f, -88.0f, -67.0f, -50.0f, -36.0f, -23.0f, -12.0f, 0.0f, 10.0f, 20.0f, 31.0f, 43.0f, 56.0f, 71.0f, 92.0f, 127.0f};
+
 struct Model {
   int64_t n_workers;
   int64_t n_phases;
@@ -59,9 +68,10 @@ struct Model {
   int64_t n_heads_max;
   int64_t partial_stride;
   int64_t n_layers;
-  int64_t weight_format;
+  int64_t embed_format;
   int64_t kv_format;
   int64_t exact;
+  int64_t group_stride;
   int64_t embed_offset;
   int64_t embed_phase;
   int64_t residual;
@@ -76,7 +86,7 @@ struct Model {
   int64_t input_stride;
   int64_t work_bytes;
 };
-static_assert(sizeof(Model) == 264);
+static_assert(sizeof(Model) == 272);
 
 struct Phase {
   int64_t op;
@@ -88,6 +98,11 @@ struct Phase {
   int64_t k;
   int64_t k_padded;
   int64_t n_out;
+  int64_t format;
+  int64_t scale_group;
+  int64_t group_bytes;
+  int64_t zero_points;
+  int64_t zero;
   int64_t norm;
   int64_t bias;
   int64_t fold;
@@ -113,7 +128,7 @@ struct Phase {
   double attention_scale;
   double softcap;
 };
-static_assert(sizeof(Phase) == 264);
+static_assert(sizeof(Phase) == 304);
 
 struct Span {
   int64_t begin;

@@ -36,7 +36,7 @@ void lm_head(Worker& worker, const Phase& phase, const Span& span) {
   }
   const F scale = V::set1(static_cast<float>(phase.scale)), softcap = V::set1(static_cast<float>(phase.softcap));
   F nonzero = V::zero();  // becomes NaN with the first logit that is not finite
-  product<V, W>(worker, phase, span, input, stride, forward.n_head_rows, [&](int64_t first, float* sums) {
+  product<V, W>(worker, phase, span, Input<X>{input, stride}, forward.n_head_rows, [&](int64_t first, float* sums) {
     for (int64_t i = 0; i < forward.n_head_rows; ++i, sums += kPad) {
       const int32_t r = forward.head_row[i];
       const float temperature = forward.row.temperature[r];

@@ -38,8 +38,7 @@ inline void merge_chunks(const Forward& forward, const Phase& phase, int64_t par
 // The product of a branch, tile by tile: scale * (sums + bias) is added to the residual, or stored where its norm is
 // still to come. What the residual lacked before is added to it.
 template <class V, class W>
-inline void branch_product(Worker& worker, const Phase& phase, const Span& span, const typename W::X* x,
-                           int64_t x_stride) {
+inline void branch_product(Worker& worker, const Phase& phase, const Span& span, const Input<typename W::X>& rows) {
   using F = typename V::F;
   const Forward& forward = *worker.forward;
   const int64_t stride = forward.model.d_model_stride;
@@ -48,7 +47,7 @@ inline void branch_product(Worker& worker, const Phase& phase, const Span& span,
   if (phase.fold >= 0 && span.begin < span.end) {
     for (int64_t r = 0; r < forward.n_rows; ++r) factors[r] = fold_factor<V>(forward, phase, r);
   }
-  product<V, W>(worker, phase, span, x, x_stride, forward.n_rows, [&](int64_t first, const float* sums) {
+  product<V, W>(worker, phase, span, rows, forward.n_rows, [&](int64_t first, const float* sums) {
     const float* bias = phase.bias >= 0 ? forward.vector(phase.bias) + first : nullptr;
     for (int64_t r = 0; r < forward.n_rows; ++r, sums += kPad) {
       float* residual = forward.residual() + r * stride + first;
@@ -80,7 +79,7 @@ void o_proj(Worker& worker, const Phase& phase, const Span& span) {
                       input + r * stride + h * phase.head_dim);
     }
   }
-  branch_product<V, W>(worker, phase, span, input, stride);
+  branch_product<V, W>(worker, phase, span, {input, stride});
 }
 
 }  // namespace flashformer

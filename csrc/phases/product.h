@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../forward.h"
+#include "input.h"
 
 namespace flashformer {
 
@@ -75,57 +76,63 @@ inline void product_block(float* sums, const char* w, int64_t tile_step, const t
   }
 }
 
-// All vectors of a tile for R rows.
-template <class V, class W, int TILE, int R>
-inline void product_rows(float* sums, const char* w, const typename W::X* x, int64_t x_stride, int64_t steps,
-                         const char* ahead) {
-  constexpr int most = R == 1 ? V::kVectorsOneRow : V::kVectorsManyRows;
-  constexpr int VS = TILE < most ? TILE : most;
-  for (int v = 0; v < TILE; v += VS) {
-    product_block<V, W, VS, R>(sums + v * kLanes, w + v * 64, TILE * 64, x, x_stride, steps, ahead + v * 64);
-  }
-}
+// Weights that are not quantized: all vectors of a tile for R rows. A block is counted in groups of kGroup k.
+template <class V, class P>
+struct Plain : P {
+  using X = typename P::X;
 
-template <class V, class W, int TILE>
-inline void product_remainder(int64_t rows, float* sums, const char* w, const typename W::X* x, int64_t x_stride,
-                              int64_t steps, const char* ahead) {
-  if constexpr (V::kRowsAtOnce > 4) {
-    if (rows == 5) return product_rows<V, W, TILE, 5>(sums, w, x, x_stride, steps, ahead);
-    if (rows == 4) return product_rows<V, W, TILE, 4>(sums, w, x, x_stride, steps, ahead);
-    if (rows == 3) return product_rows<V, W, TILE, 3>(sums, w, x, x_stride, steps, ahead);
-    if (rows == 2) return product_rows<V, W, TILE, 2>(sums, w, x, x_stride, steps, ahead);
+  static Input<X> take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return rows; }
+
+  template <int TILE, int R>
+  static void rows(const Phase&, float* sums, const char* w, const Input<X>& in, int64_t row, int64_t group,
+                   int64_t groups, const char* ahead) {
+    constexpr int most = R == 1 ? V::kVectorsOneRow : V::kVectorsManyRows;
+    constexpr int VS = TILE < most ? TILE : most;
+    const X* x = in.x + row * in.stride + group * P::kGroup;
+    for (int v = 0; v < TILE; v += VS) {
+      product_block<V, P, VS, R>(sums + v * kLanes, w + v * 64, TILE * 64, x, in.stride, groups, ahead + v * 64);
+    }
   }
-  if (rows == 1) return product_rows<V, W, TILE, 1>(sums, w, x, x_stride, steps, ahead);
+};
+
+template <class V, class W, int TILE, class In>
+inline void remaining_rows(const Phase& phase, int64_t rows, float* sums, const char* w, const In& in, int64_t row,
+                           int64_t group, int64_t groups, const char* ahead) {
+  if constexpr (V::kRowsAtOnce > 4) {
+    if (rows == 5) return W::template rows<TILE, 5>(phase, sums, w, in, row, group, groups, ahead);
+    if (rows == 4) return W::template rows<TILE, 4>(phase, sums, w, in, row, group, groups, ahead);
+    if (rows == 3) return W::template rows<TILE, 3>(phase, sums, w, in, row, group, groups, ahead);
+    if (rows == 2) return W::template rows<TILE, 2>(phase, sums, w, in, row, group, groups, ahead);
+  }
+  if (rows == 1) return W::template rows<TILE, 1>(phase, sums, w, in, row, group, groups, ahead);
 }
 
 // One tile for all rows. `next`: where this worker reads after this tile.
-template <class V, class W, int TILE>
-void product_tile(float* sums, const char* w, const typename W::X* x, int64_t x_stride, int64_t n_rows,
-                  int64_t k_padded, const char* next) {
+template <class V, class W, int TILE, class In>
+void product_tile(const Phase& phase, float* sums, const char* w, const In& in, int64_t n_rows, const char* next) {
   constexpr int R = V::kRowsAtOnce;
-  constexpr int64_t step_bytes = TILE * 64;
-  const int64_t block_steps = (n_rows <= R ? kBlockBytes : 4 * kBlockBytes) / step_bytes;
-  const int64_t steps = k_padded / W::kGroup;
+  const int64_t all = phase.tile_bytes / phase.group_bytes;
+  const int64_t most = (n_rows <= R ? kBlockBytes : 4 * kBlockBytes) / phase.group_bytes, at_once = most > 0 ? most : 1;
   for (int64_t i = 0; i < n_rows * kPad; i += kLanes) V::store(sums + i, V::zero());
-  for (int64_t s = 0; s < steps; s += block_steps) {
-    const int64_t count = steps - s < block_steps ? steps - s : block_steps;
-    const char* block = w + s * step_bytes;
-    const char* ahead = s + count < steps ? block + count * step_bytes : next;
-    const typename W::X* xs = x + s * W::kGroup;
+  for (int64_t g = 0; g < all; g += at_once) {
+    const int64_t count = all - g < at_once ? all - g : at_once;
+    const char* block = w + g * phase.group_bytes;
+    const char* ahead = g + count < all ? block + count * phase.group_bytes : next;
     int64_t r = 0;
     for (; r + R <= n_rows; r += R) {
-      product_rows<V, W, TILE, R>(sums + r * kPad, block, xs + r * x_stride, x_stride, count, ahead);
+      W::template rows<TILE, R>(phase, sums + r * kPad, block, in, r, g, count, ahead);
       ahead = block;  // later rows find everything in the cache
     }
-    product_remainder<V, W, TILE>(n_rows - r, sums + r * kPad, block, xs + r * x_stride, x_stride, count, ahead);
+    remaining_rows<V, W, TILE>(phase, n_rows - r, sums + r * kPad, block, in, r, g, count, ahead);
   }
 }
 
 // All tiles of a worker's span. finish(first output, sums (n_rows, kPad)) is called after each tile.
 template <class V, class W, class Finish>
-inline void product(Worker& worker, const Phase& phase, const Span& span, const typename W::X* x, int64_t x_stride,
+inline void product(Worker& worker, const Phase& phase, const Span& span, const Input<typename W::X>& rows,
                     int64_t n_rows, Finish finish) {
   if (span.begin >= span.end) return;
+  const auto in = W::take(worker, phase, rows, n_rows);
   const char* tile = worker.take_tape_item();
   float* sums = worker.sums();
   for (int64_t unit = span.begin; unit < span.end; unit += span.step) {
@@ -133,13 +140,13 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
     const char* next = unit + span.step < span.end ? tile + phase.tile_bytes : worker.tape_ahead();
     switch (phase.vectors) {
       case 1:
-        product_tile<V, W, 1>(sums, tile, x, x_stride, n_rows, phase.k_padded, next);
+        product_tile<V, W, 1>(phase, sums, tile, in, n_rows, next);
         break;
       case 2:
-        product_tile<V, W, 2>(sums, tile, x, x_stride, n_rows, phase.k_padded, next);
+        product_tile<V, W, 2>(phase, sums, tile, in, n_rows, next);
         break;
       default:
-        product_tile<V, W, 4>(sums, tile, x, x_stride, n_rows, phase.k_padded, next);
+        product_tile<V, W, 4>(phase, sums, tile, in, n_rows, next);
     }
     finish(unit * phase.vectors * kLanes, sums);
     tile += phase.tile_bytes;

@@ -11,7 +11,7 @@ void qkv(Worker& worker, const Phase& phase, const Span& span) {
   const Forward& forward = *worker.forward;
   const auto input = normalised_rows<V, typename W::X>(worker, phase, 2 * phase.layer - 1);
   const float* bias = phase.bias >= 0 ? forward.vector(phase.bias) : nullptr;
-  product<V, W>(worker, phase, span, input.x, input.stride, forward.n_rows, [&](int64_t first, const float* sums) {
+  product<V, W>(worker, phase, span, input, forward.n_rows, [&](int64_t first, const float* sums) {
     for (int64_t r = 0; r < forward.n_rows; ++r, sums += kPad) {
       float* out = forward.qkv() + r * forward.model.qkv_stride + first;
       for (int64_t i = 0; i < phase.vectors * kLanes; i += kLanes) {

@@ -8,6 +8,7 @@
 #include "lm_head.h"
 #include "o_proj.h"
 #include "qkv.h"
+#include "quant.h"
 #include "sample.h"
 
 namespace flashformer {
@@ -18,33 +19,40 @@ inline constexpr PhaseTable kTable = {
 
 template <class V, class W>
 const PhaseTable* table_for_kv(Format kv) {
-  switch (kv) {
-    case Format::kF32:
-      return &kTable<V, W, KvF32<V>>;
-    case Format::kBf16:
-      return &kTable<V, W, KvBf16<V>>;
-    case Format::kF16:
-      return &kTable<V, W, KvF16<V>>;
+  if (kv == Format::kBf16) return &kTable<V, W, KvBf16<V>>;
+  if (kv == Format::kF16) return &kTable<V, W, KvF16<V>>;
+  return kv == Format::kF32 ? &kTable<V, W, KvF32<V>> : nullptr;
+}
+
+template <class V, template <class> class Codes>
+const PhaseTable* table_for_codes(Format kv, bool narrow) {
+  if (!narrow) return table_for_kv<V, QuantWide<V, Codes>>(kv);
+  if constexpr (requires(typename V::I acc, typename V::Raw w, const int8_t* x) { V::dot_bytes(acc, w, x); }) {
+    return table_for_kv<V, QuantNarrow<V, Codes>>(kv);
   }
   return nullptr;
 }
 
-// `dot`: products of bf16 weights take bf16 activations. nullptr: this instruction set has no such table.
+// `narrow`: products take activations of 16 or 8 bits. nullptr: this instruction set has no such table.
 template <class V>
-const PhaseTable* table_for(Format weights, Format kv, bool dot) {
-  if (dot) {
-    if constexpr (requires(typename V::F f, typename V::Raw w, const uint16_t* x) { V::dot_bf16(f, w, x); }) {
-      return weights == Format::kBf16 ? table_for_kv<V, WeightsBf16Dot<V>>(kv) : nullptr;
-    }
-    return nullptr;
-  }
+const PhaseTable* table_for(Format weights, Format kv, bool narrow) {
   switch (weights) {
     case Format::kF32:
-      return table_for_kv<V, WeightsF32<V>>(kv);
-    case Format::kBf16:
-      return table_for_kv<V, WeightsBf16<V>>(kv);
+      return narrow ? nullptr : table_for_kv<V, Plain<V, WeightsF32<V>>>(kv);
     case Format::kF16:
-      return table_for_kv<V, WeightsF16<V>>(kv);
+      return narrow ? nullptr : table_for_kv<V, Plain<V, WeightsF16<V>>>(kv);
+    case Format::kBf16:
+      if (!narrow) return table_for_kv<V, Plain<V, WeightsBf16<V>>>(kv);
+      if constexpr (requires(typename V::F f, typename V::Raw w, const uint16_t* x) { V::dot_bf16(f, w, x); }) {
+        return table_for_kv<V, Plain<V, WeightsBf16Dot<V>>>(kv);
+      }
+      return nullptr;
+    case Format::kInt8:
+      return table_for_codes<V, CodesInt8>(kv, narrow);
+    case Format::kInt4:
+      return table_for_codes<V, CodesInt4>(kv, narrow);
+    case Format::kNf4:
+      return table_for_codes<V, CodesNf4>(kv, narrow);
   }
   return nullptr;
 }

@@ -14,11 +14,15 @@ struct Avx2 {
   struct Raw {
     __m256i a, b;
   };
+  using I = Raw;
 
   static constexpr int kRowsAtOnce = 2;
   static constexpr int kVectorsOneRow = 4;
   static constexpr int kVectorsManyRows = 2;
   static constexpr int kValuesAtOnce = 1;
+  static constexpr int kQuantVectorsOneRow = 2;
+  static constexpr int kQuantVectorsManyRows = 1;
+  static constexpr int kByteBias = 0;  // dot_bytes makes codes signed
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -76,9 +80,60 @@ struct Avx2 {
     return widen_f16(_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask));
   }
   static F odd_f16(Raw w) { return widen_f16(_mm256_srli_epi32(w.a, 16), _mm256_srli_epi32(w.b, 16)); }
+  static I set1_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  static I mul_i(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+  static I load_u8(const char* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+  }
+  static F to_f32(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  static void store_i8(int8_t* p, F x) {
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    words = _mm256_permute4x64_epi64(words, 0xD8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  }
+  static Raw low_nibbles(Raw w) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};
+  }
+  static Raw high_nibbles(Raw w) { return low_nibbles({_mm256_srli_epi16(w.a, 4), _mm256_srli_epi16(w.b, 4)}); }
+  static Raw lookup(const uint8_t (&table)[16], Raw codes) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm256_shuffle_epi8(t, codes.a), _mm256_shuffle_epi8(t, codes.b)};
+  }
+  template <int B>
+  static F byte(Raw w) {
+    return {byte8<B>(w.a), byte8<B>(w.b)};
+  }
+  // acc + sum of (byte - 128) * x of 4 bytes of each lane: |w| times x with the sign of w, which cannot saturate
+  static I dot_bytes(I acc, Raw w, const int8_t* x) {
+    const __m256i four = broadcast4(x);
+    return {dot_signed8(acc.a, w.a, four), dot_signed8(acc.b, w.b, four)};
+  }
+  // acc + sum of byte * x, bytes below 16
+  static I dot_nibbles(I acc, Raw w, const int8_t* x) {
+    const __m256i four = broadcast4(x), ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, four), ones)),
+            _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, four), ones))};
+  }
   static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 
  private:
+  static __m256i broadcast4(const int8_t* x) {
+    int four;
+    __builtin_memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+  }
+  static __m256i dot_signed8(__m256i acc, __m256i codes, __m256i x) {
+    const __m256i w = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  template <int B>
+  static __m256 byte8(__m256i w) {
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(w, 8 * B), _mm256_set1_epi32(255)));
+  }
   // f16 bits in the low halves of 16 lanes
   static F widen_f16(__m256i a, __m256i b) {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8);

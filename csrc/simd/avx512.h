@@ -9,12 +9,16 @@ namespace flashformer {
 
 struct Avx512 {
   using F = __m512;     // 16 floats
+  using I = __m512i;    // 16 int32
   using Raw = __m512i;  // 64 bytes of packed weights
 
   static constexpr int kRowsAtOnce = 6;     // rows of a product that share a weight load
   static constexpr int kVectorsOneRow = 4;  // weight vectors in flight for 1 row
   static constexpr int kVectorsManyRows = 4;
   static constexpr int kValuesAtOnce = 4;  // vectors of head_dim summed together by attention
+  static constexpr int kQuantVectorsOneRow = 4;
+  static constexpr int kQuantVectorsManyRows = 2;
+  static constexpr int kByteBias = 128;  // dot_bytes takes codes as they are, unsigned
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float x) { return _mm512_set1_ps(x); }
@@ -69,6 +73,32 @@ struct Avx512 {
   // of 16 pairs of f16: the first of each, the second of each
   static F even_f16(Raw w) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(w)); }
   static F odd_f16(Raw w) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16))); }
+  static I set1_i(int32_t x) { return _mm512_set1_epi32(x); }
+  static I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I load_u8(const char* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static F to_f32(I a) { return _mm512_cvtepi32_ps(a); }
+  // rounds to nearest even, saturates
+  static void store_i8(int8_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
+  static Raw low_nibbles(Raw w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+  static Raw high_nibbles(Raw w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
+  static Raw lookup(const uint8_t (&table)[16], Raw codes) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), codes);
+  }
+  // unsigned byte B of each lane
+  template <int B>
+  static F byte(Raw w) {
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(w, 8 * B), _mm512_set1_epi32(255)));
+  }
+#ifdef __AVX512VNNI__
+  // acc + sum of 4 unsigned bytes of each lane * x. By its name: g++ 12 moves accumulators about in the intrinsic.
+  static I dot_bytes(I acc, Raw w, const int8_t* x) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
+    return acc;
+  }
+  static I dot_nibbles(I acc, Raw w, const int8_t* x) { return dot_bytes(acc, w, x); }
+#endif
   static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 };
 

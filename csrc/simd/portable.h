@@ -17,11 +17,17 @@ struct Portable {
   struct Raw {
     U4 q[4];
   };
+  struct I {
+    I4 q[4];
+  };
 
   static constexpr int kRowsAtOnce = 2;
   static constexpr int kVectorsOneRow = 1;
   static constexpr int kVectorsManyRows = 1;
   static constexpr int kValuesAtOnce = 1;
+  static constexpr int kQuantVectorsOneRow = 1;
+  static constexpr int kQuantVectorsManyRows = 1;
+  static constexpr int kByteBias = 128;
 
   template <class Fn>
   static F each(Fn fn) {
@@ -115,9 +121,49 @@ struct Portable {
   static F odd_f16(Raw w) {
     return each([&](int i) { return widen_f16(w.q[i] >> 16); });
   }
+  static I set1_i(int32_t x) {
+    const I4 all = {x, x, x, x};
+    return {{all, all, all, all}};
+  }
+  static I mul_i(I x, I y) { return {{x.q[0] * y.q[0], x.q[1] * y.q[1], x.q[2] * y.q[2], x.q[3] * y.q[3]}}; }
+  static I load_u8(const char* p) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.q[i / 4][i % 4] = static_cast<uint8_t>(p[i]);
+    return r;
+  }
+  static F to_f32(I x) {
+    return each([&](int i) { return __builtin_convertvector(x.q[i], F4); });
+  }
+  static void store_i8(int8_t* p, F x) {
+    const F rounded = round(x);
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(rounded.q[i / 4][i % 4]);
+  }
+  static Raw low_nibbles(Raw w) { return {{w.q[0] & kLow, w.q[1] & kLow, w.q[2] & kLow, w.q[3] & kLow}}; }
+  static Raw high_nibbles(Raw w) { return low_nibbles({{w.q[0] >> 4, w.q[1] >> 4, w.q[2] >> 4, w.q[3] >> 4}}); }
+  static Raw lookup(const uint8_t (&table)[16], Raw codes) {
+    uint8_t bytes[64];
+    std::memcpy(bytes, &codes, 64);
+    for (uint8_t& byte : bytes) byte = table[byte & 15];
+    std::memcpy(&codes, bytes, 64);
+    return codes;
+  }
+  template <int B>
+  static F byte(Raw w) {
+    return each([&](int i) { return __builtin_convertvector((w.q[i] >> (8 * B)) & 0xFFu, F4); });
+  }
+  static I dot_bytes(I acc, Raw w, const int8_t* x) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < 4; ++j) {
+        acc.q[i] += __builtin_convertvector((w.q[i] >> (8 * j)) & 0xFFu, I4) * static_cast<int32_t>(x[j]);
+      }
+    }
+    return acc;
+  }
+  static I dot_nibbles(I acc, Raw w, const int8_t* x) { return dot_bytes(acc, w, x); }
   static void prefetch(const char* p) { __builtin_prefetch(p); }
 
  private:
+  static constexpr uint32_t kLow = 0x0F0F0F0Fu;
   // f16 bits in the low halves: exponent and fraction moved into place, then the exponent's bias corrected by a
   // product, which normalises subnormals too. Weights are finite; a cache may hold Inf and NaN, whose exponent is set
   // apart.

@@ -168,7 +168,7 @@ def key(program: Program, weights: Mapping[str, Tensor]) -> dict[str, Any] | Non
     return {
         "version": PACK_VERSION,
         "weights_bytes": program.memory.weights_bytes,
-        "format": program.target.weight_format.name,
+        "embed_format": program.target.weight_format.name,
         "embed_offset": program.embed_offset,
         "matrices": matrices,
         "vectors": vectors,

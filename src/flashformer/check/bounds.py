@@ -129,6 +129,9 @@ def _matrices(program: Program) -> Iterator[str]:
         name = phase_name(program, index)
         if (matrix.n_out, matrix.k) != (shape := _shape(program, phase)):
             yield f"{name}: matrix is {matrix.n_out} x {matrix.k}, expected {shape[0]} x {shape[1]}"
+        head = phase.op is Op.LM_HEAD
+        if matrix.format != (wanted := program.target.head_format if head else program.target.body_format):
+            yield f"{name}: weights in {matrix.format.name}, expected {wanted.name}"
         if matrix.vectors not in TILE_VECTORS:
             yield f"{name}: {matrix.vectors} vectors per tile, expected one of {TILE_VECTORS}"
         if phase.op is Op.GATE_UP and matrix.vectors % 2:

@@ -94,11 +94,11 @@ class PackedMatrix:
 
     @property
     def k_padded(self) -> int:
-        return -(-self.k // self.format.k_group) * self.format.k_group
+        return -(-self.k // self.format.k_multiple) * self.format.k_multiple
 
     @property
     def tile_bytes(self) -> int:
-        return self.tile_outputs * self.k_padded * self.format.element_bytes
+        return self.k_padded // self.format.k_multiple * self.format.group_bytes(self.vectors)
 
     @property
     def n_bytes(self) -> int:
@@ -184,12 +184,22 @@ class Target:
     """What a Program is made for."""
 
     n_workers: int
-    weight_format: Format
+    weight_format: Format  # of what is not quantized
     kv_format: Format
     rows: int  # most rows of one forward (prompt_chunk, at least MAX_HEAD_ROWS)
     streams: int
     ctx: int  # positions per slot
     exact: bool = False  # activations stay fp32 at the input of products
+    body_quant: Format | None = None  # of the matrices of the layers
+    head_quant: Format | None = None  # of lm_head, and so of a tied embedding
+
+    @property
+    def body_format(self) -> Format:
+        return self.body_quant or self.weight_format
+
+    @property
+    def head_format(self) -> Format:
+        return self.head_quant or self.weight_format
 
 
 @dataclass(frozen=True)

@@ -30,18 +30,19 @@ def padded(n: int) -> int:
 class _Placer:
     """Hands out offsets: matrices first, in phase order; vectors after the embedding, once that is known."""
 
-    def __init__(self, fmt: Format) -> None:
-        self.format = fmt
+    def __init__(self) -> None:
         self.end = 0
 
-    def matrix(self, roles: tuple[str, ...], n_out: int, k: int, order: Order = Order.PLAIN) -> PackedMatrix:
+    def matrix(
+        self, roles: tuple[str, ...], n_out: int, k: int, fmt: Format, order: Order = Order.PLAIN
+    ) -> PackedMatrix:
         if order is Order.ALTERNATE:  # both halves padded to whole vectors
             vectors = tile_vectors(n_out, even=True)
             n_tiles = tile_count(2 * tile_count(n_out // 2, 1) * 16, vectors)
         else:
             vectors = tile_vectors(n_out)
             n_tiles = tile_count(n_out, vectors)
-        placed = PackedMatrix(roles, n_out, k, self.format, vectors, n_tiles, self.end, order)
+        placed = PackedMatrix(roles, n_out, k, fmt, vectors, n_tiles, self.end, order)
         self.end += placed.n_bytes
         return placed
 
@@ -52,9 +53,9 @@ class _Placer:
 
 
 def lower(spec: ModelSpec, target: Target) -> Layout:
-    place = _Placer(target.weight_format)
-    matrices = [_layer_matrices(place, spec, i, layer) for i, layer in enumerate(spec.layers)]
-    head = place.matrix(("embed",) if spec.tied else ("lm_head",), spec.vocab_size, spec.d_model)
+    place = _Placer()
+    matrices = [_layer_matrices(place, spec, i, layer, target.body_format) for i, layer in enumerate(spec.layers)]
+    head = place.matrix(("embed",) if spec.tied else ("lm_head",), spec.vocab_size, spec.d_model, target.head_format)
     packed_bytes = place.end
     embed_offset = -1
     if not spec.tied:
@@ -121,11 +122,11 @@ def _layer_phases(
     ], ffn
 
 
-def _layer_matrices(place: _Placer, spec: ModelSpec, i: int, layer: LayerSpec) -> tuple[PackedMatrix, ...]:
+def _layer_matrices(place: _Placer, spec: ModelSpec, i: int, layer: LayerSpec, fmt: Format) -> tuple[PackedMatrix, ...]:
     at, d = f"layers.{i}.", spec.d_model
     return (
-        place.matrix((at + "q", at + "k", at + "v"), qkv_width(layer), d),
-        place.matrix((at + "o",), d, layer.q_width),
-        place.matrix((at + "gate", at + "up"), 2 * layer.d_ff, d, Order.ALTERNATE),
-        place.matrix((at + "down",), d, layer.d_ff),
+        place.matrix((at + "q", at + "k", at + "v"), qkv_width(layer), d, fmt),
+        place.matrix((at + "o",), d, layer.q_width, fmt),
+        place.matrix((at + "gate", at + "up"), 2 * layer.d_ff, d, fmt, Order.ALTERNATE),
+        place.matrix((at + "down",), d, layer.d_ff, fmt),
     )

@@ -33,13 +33,18 @@ def input_stride(spec: ModelSpec) -> int:
     return max([padded(spec.d_model), *(padded(max(la.q_width, la.d_ff)) for la in spec.layers)]) + 2 * LANES
 
 
+def group_stride(spec: ModelSpec) -> int:
+    """Groups of the longest input of a product, where they are the smallest: 32 elements."""
+    return -(-input_stride(spec) // 32)
+
+
 def scratch_bytes(spec: ModelSpec, target: Target) -> int:
     """Private to a worker: the input of a product (rows, k), tile sums (rows, 64), scores (SCORE_ROWS, 256), a row of
     the residual with its fold (d_model), rotated heads (SCORE_ROWS, head_dim), factors of folds and of norms over all
-    heads (rows, 2); all f32.
+    heads (rows, 2), scales and sums of groups of quantized inputs (rows, group_stride, 2); all f32 or i32.
     """
     heads = SCORE_ROWS * max(head_dim_padded(la) for la in spec.layers)
-    per_row = target.rows * (input_stride(spec) + 4 * LANES + 2)
+    per_row = target.rows * (input_stride(spec) + 4 * LANES + 2 + 2 * group_stride(spec))
     return -(-4 * (per_row + SCORE_ROWS * KEY_CHUNK + padded(spec.d_model) + heads) // 64) * 64
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..model.spec import MAX_HEAD_DIM, Activation, QkNorm
 from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Op, Phase, Program, Space
 from .lower import VECTOR_PAD, padded
-from .memory import SCORE_ROWS, ctx_padded, head_dim_padded, input_stride, layer_kv_elements, rope_offsets
+from .memory import SCORE_ROWS, ctx_padded, group_stride, head_dim_padded, input_stride, layer_kv_elements, rope_offsets
 from .ops import EMBED_BLOCK, OPS, n_chunks
 
 MODEL = np.dtype(
@@ -25,7 +25,7 @@ MODEL = np.dtype(
         for name in (
             "n_workers", "n_phases", "head_begin", "rows", "streams", "ctx", "ctx_padded", "chunks",
             "d_model", "d_model_stride", "qkv_stride", "hidden_stride", "vocab_size", "logits_stride",
-            "n_heads_max", "partial_stride", "n_layers", "weight_format", "kv_format", "exact",
+            "n_heads_max", "partial_stride", "n_layers", "embed_format", "kv_format", "exact", "group_stride",
             "embed_offset", "embed_phase", "residual", "qkv", "partial", "hidden", "logits", "candidates",
             "tokens", "scratch", "scratch_bytes", "input_stride", "work_bytes",
         )
@@ -37,6 +37,7 @@ PHASE = np.dtype(
         (name, "<i8")
         for name in (
             "op", "layer", "n_units", "matrix", "tile_bytes", "vectors", "k", "k_padded", "n_out",
+            "format", "scale_group", "group_bytes", "zero_points", "zero",
             "norm", "bias", "fold", "fold_norm", "to", "activation",
             "n_heads", "n_kv_heads", "head_dim", "head_dim_padded", "window", "keys", "values",
             "rope", "rotary_dim", "qk_norm", "q_norm", "k_norm",
@@ -91,6 +92,9 @@ def _phase_record(program: Program, phase: Phase, record: np.void) -> None:
     if (matrix := phase.matrix) is not None:
         for name in ("tile_bytes", "vectors", "k", "k_padded", "n_out"):
             record[name] = getattr(matrix, name)
+        fmt = matrix.format
+        record["format"], record["group_bytes"] = fmt.code, fmt.group_bytes(matrix.vectors)
+        record["scale_group"], record["zero_points"], record["zero"] = fmt.scale_group, fmt.zero_points, fmt.zero
     record["to"] = -1 if phase.to is Space.RESIDUAL else buffers[phase.to]
     record["fold"] = record["fold_norm"] = record["rope"] = -1
     if (fold := phase.fold) is not None:
@@ -149,7 +153,8 @@ def _model_record(program: Program) -> NDArray[np.void]:
         "n_heads_max": max(layer.n_heads for layer in spec.layers),
         "partial_stride": buffers[Space.PARTIAL].shape[1] - 2,
         "n_layers": spec.n_layers,
-        "weight_format": target.weight_format.code,
+        "embed_format": target.weight_format.code,
+        "group_stride": group_stride(spec),
         "kv_format": target.kv_format.code,
         "exact": int(target.exact),
         "embed_offset": program.embed_offset,

@@ -153,8 +153,14 @@ class CpuKernel(Kernel):
             "device": "cpu",
             "isa": self.isa,
             "threads": self.program.target.n_workers,
-            "activations": "bf16" if self._native.dot else "f32",
+            "activations": self._activations(),
         }
+
+    def _activations(self) -> str:
+        """What meets the weights of the layers."""
+        if not self._native.narrow:
+            return "f32"
+        return "int8" if self.program.target.body_quant else "bf16"
 
     def close(self) -> None:
         self._forward = _closed

@@ -6,7 +6,8 @@
     lm_head -> sample                            logits, and the best token
 
 A product computes packed outputs; `row_map` says which row of the source tensors each one is. Activations are float32.
-With bf16 weights they are rounded to bf16 at the input of a product, unless the target is exact.
+With bf16 weights they are rounded to bf16 at the input of a product, with quantized weights to int8 and a scale for
+every group, unless the target is exact.
 A branch with a norm to come is folded into the residual by its readers before it is added (program.ir.Fold).
 """
 
@@ -23,6 +24,7 @@ from ...model.spec import Activation, QkNorm, RopeSpec
 from ...program.ir import KEY_CHUNK, Op, Phase, Space, Vector
 from ...program.ops import EMBED_BLOCK
 from ...program.pack import row_map
+from ...quantize import quantize_rows
 from ..noise import gumbel
 from ..nonfinite import in_logits, in_residual
 from ..sampling import choose, chooses_from_logits
@@ -204,8 +206,11 @@ def _product(state: State, phase: Phase, worker: int, x: F32Array) -> tuple[Inde
     matrix, span = phase.matrix, phase.spans[worker]
     assert matrix is not None
     target = state.program.target
-    if target.weight_format is BF16 and not target.exact:
+    if matrix.format is BF16 and not target.exact:
         x = round_to(x, BF16)
+    if matrix.format.scale_group and not target.exact:
+        values, scales = quantize_rows(x, matrix.format.scale_group)
+        x = (values * np.repeat(scales, matrix.format.scale_group, axis=1)).astype(np.float32)[:, : matrix.k]
     outputs = np.arange(span.begin * matrix.tile_outputs, span.end * matrix.tile_outputs)
     sources = row_map(matrix)[outputs].astype(np.int64)
     outputs, sources = outputs[sources >= 0], sources[sources >= 0]

@@ -13,6 +13,7 @@ from ...model.rope import rope_table
 from ...program.ir import MAX_HEAD_ROWS, Program
 from ...program.memory import branches
 from ...program.ops import n_chunks, qkv_width
+from ...quantize import round_weights
 from ..base import Rows
 from ..rows import Batch
 
@@ -42,7 +43,7 @@ class Weights:
 
         for phase in program.phases:
             if phase.matrix is not None:
-                self._matrices[phase.matrix.roles] = round_to(stacked(phase.matrix.roles), fmt)
+                self._matrices[phase.matrix.roles] = as_packed(stacked(phase.matrix.roles), phase.matrix.format)
             for vector in phase.vectors.values():
                 self._vectors[vector.roles] = stacked(vector.roles)
         if ("embed",) not in self._matrices:
@@ -55,6 +56,10 @@ class Weights:
     def vector(self, roles: tuple[str, ...]) -> F32Array:
         """(n) source tensors in a row."""
         return self._vectors[roles]
+
+
+def as_packed(values: F32Array, fmt: Format) -> F32Array:
+    return round_weights(values, fmt) if fmt.scale_group else round_to(values, fmt)
 
 
 def poison(*shape: int) -> F32Array:

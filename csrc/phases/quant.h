@@ -1,0 +1,263 @@
+// Products of quantized weights: codes of 8 or 4 bits with a scale for every group of k (quantize.py is the
+// definition).
+//
+// Narrow: the row is quantized too, to int8 with a scale for every group, and a group is an exact integer sum; what the
+// codes are off zero by is taken out through the sum of the row's values, as the start of the accumulator. Wide: codes
+// become fp32 and meet fp32 activations. Groups are added in order of k in fp32, so bits depend on nothing else.
+// A group of a tile: scales (vectors, 16) f16 | zeros (vectors, 16) u8 if it has them | codes, step by step.
+#pragma once
+
+#include <cfloat>
+
+#include "../forward.h"
+#include "input.h"
+#include "math.h"
+
+namespace flashformer {
+
+struct QuantInput {
+  const int8_t* x;  // (rows, stride)
+  int64_t stride;
+  const float* scales;  // (rows, group_stride)
+  const int32_t* sums;  // (rows, group_stride) of the values of a group
+  int64_t group_stride;
+};
+
+// n elements -> int8 in whole groups, which may begin where x does; scale = largest / 127, NaN if one is not
+// finite, 0 if all are below 1e-30.
+template <class V>
+inline void quantize_row(const float* x, int64_t n, int64_t group, int8_t* out, float* scales, int32_t* sums) {
+  using F = typename V::F;
+  for (int64_t begin = 0, g = 0; begin < n; begin += group, ++g) {
+    F most = V::zero(), poison = V::zero();
+    for (int64_t i = begin; i < begin + group; i += kLanes) {
+      const F v = i < n ? V::first(n - i, V::load(x + i), V::zero()) : V::zero();
+      most = V::max(most, V::max(v, V::sub(V::zero(), v)));
+      poison = V::fma(v, V::zero(), poison);
+    }
+    const float largest = max_lanes<V>(most);
+    const bool finite = sum_lanes<V>(poison) == 0.0f, empty = largest < 1e-30f;
+    const F inverse = V::set1(finite && !empty ? 127.0f / largest : 0.0f);
+    int32_t sum = 0;
+    for (int64_t i = begin; i < begin + group; i += kLanes) {
+      const F v = i < n ? V::first(n - i, V::load(x + i), V::zero()) : V::zero();
+      V::store_i8(out + i, finite ? V::mul(v, inverse) : V::zero());
+      for (int64_t j = 0; j < kLanes; ++j) sum += out[i + j];
+    }
+    scales[g] = !finite ? __builtin_nanf("") : empty ? 0.0f : largest / 127.0f;
+    sums[g] = sum;
+  }
+}
+
+// What a kind of codes looks like: a step is one 64-byte vector, kStep consecutive k of 16 outputs. bytes<H>: one code
+// in each byte, H = 1 for the second half of a step of nibbles.
+template <class V>
+struct CodesInt8 {
+  static constexpr int64_t kStep = 4;
+  static constexpr int kBias = V::kByteBias;  // what `dot` takes codes to be off by
+  static typename V::I dot(typename V::I acc, typename V::Raw w, const int8_t* x) { return V::dot_bytes(acc, w, x); }
+  template <int H>
+  static typename V::Raw bytes(typename V::Raw w) {
+    return w;
+  }
+  static constexpr float kZero = 128;
+};
+
+template <class V>
+struct CodesInt4 {
+  static constexpr int64_t kStep = 8;
+  static constexpr int kBias = 8;
+  static typename V::I dot(typename V::I acc, typename V::Raw w, const int8_t* x) {
+    acc = V::dot_nibbles(acc, V::low_nibbles(w), x);
+    return V::dot_nibbles(acc, V::high_nibbles(w), x + 4);
+  }
+  template <int H>
+  static typename V::Raw bytes(typename V::Raw w) {
+    return H ? V::high_nibbles(w) : V::low_nibbles(w);
+  }
+  static constexpr float kZero = 8;
+};
+
+template <class V>
+struct CodesNf4 {
+  static constexpr int64_t kStep = 8;
+  static constexpr int kBias = V::kByteBias;
+  static typename V::I dot(typename V::I acc, typename V::Raw w, const int8_t* x) {
+    acc = V::dot_bytes(acc, bytes<0>(w), x);
+    return V::dot_bytes(acc, bytes<1>(w), x + 4);
+  }
+  template <int H>
+  static typename V::Raw bytes(typename V::Raw w) {
+    return V::lookup(kTable, H ? V::high_nibbles(w) : V::low_nibbles(w));
+  }
+  static constexpr float kZero = 128;
+  static constexpr uint8_t kTable[16] = {
+      static_cast<uint8_t>(kNf4[0] + 128),  static_cast<uint8_t>(kNf4[1] + 128),  static_cast<uint8_t>(kNf4[2] + 128),
+      static_cast<uint8_t>(kNf4[3] + 128),  static_cast<uint8_t>(kNf4[4] + 128),  static_cast<uint8_t>(kNf4[5] + 128),
+      static_cast<uint8_t>(kNf4[6] + 128),  static_cast<uint8_t>(kNf4[7] + 128),  static_cast<uint8_t>(kNf4[8] + 128),
+      static_cast<uint8_t>(kNf4[9] + 128),  static_cast<uint8_t>(kNf4[10] + 128), static_cast<uint8_t>(kNf4[11] + 128),
+      static_cast<uint8_t>(kNf4[12] + 128), static_cast<uint8_t>(kNf4[13] + 128), static_cast<uint8_t>(kNf4[14] + 128),
+      static_cast<uint8_t>(kNf4[15] + 128)};
+};
+
+// One group of one tile, from its first vector on.
+struct QuantBlock {
+  const char* scales;
+  const char* zeros;  // nullptr: the format has one for all
+  const char* codes;
+};
+
+inline QuantBlock quant_block(const Phase& phase, const char* group, int64_t tile, int64_t vector,
+                              int64_t codes_bytes) {
+  const char* zeros = phase.zero_points ? group + (tile * 32 + 63) / 64 * 64 + vector * 16 : nullptr;
+  return {group + vector * 32, zeros, group + phase.group_bytes - codes_bytes + vector * 64};
+}
+
+// VS vectors of R rows over `groups` groups.
+template <class V, template <class> class Codes, int TILE, int VS, int R>
+inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_t vector, const QuantInput& in,
+                          int64_t row, int64_t first_group, int64_t groups, const char* ahead) {
+  using C = Codes<V>;
+  const int64_t steps = phase.scale_group / C::kStep, codes_bytes = steps * TILE * 64;
+  typename V::F total[R][VS];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < VS; ++v) total[r][v] = V::load(sums + r * kPad + v * kLanes);
+  }
+  for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes, ahead += phase.group_bytes) {
+    const QuantBlock block = quant_block(phase, w, TILE, vector, codes_bytes);
+    const char* fetch = ahead + (block.codes - w);
+    if (vector == 0) V::prefetch(ahead);
+    const int8_t* x[R];
+    typename V::I acc[R][VS];
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = (row + r) * in.group_stride + first_group + g;
+      x[r] = in.x + (row + r) * in.stride + (first_group + g) * phase.scale_group;
+      for (int v = 0; v < VS; ++v) {
+        if (block.zeros) {
+          acc[r][v] = V::mul_i(V::load_u8(block.zeros + v * 16), V::set1_i(-in.sums[at]));
+        } else {
+          acc[r][v] = V::set1_i(-C::kBias * in.sums[at]);
+        }
+      }
+    }
+    const char* codes = block.codes;
+    for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, fetch += TILE * 64) {
+      typename V::Raw weight[VS];
+      for (int v = 0; v < VS; ++v) {
+        weight[v] = V::load_raw(codes + v * 64);
+        V::prefetch(fetch + v * 64);
+      }
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < VS; ++v) acc[r][v] = C::dot(acc[r][v], weight[v], x[r] + s * C::kStep);
+      }
+    }
+    for (int v = 0; v < VS; ++v) {
+      const typename V::F scale = V::load_f16(reinterpret_cast<const uint16_t*>(block.scales + v * 32));
+      for (int r = 0; r < R; ++r) {
+        const typename V::F both = V::mul(scale, V::set1(in.scales[(row + r) * in.group_stride + first_group + g]));
+        total[r][v] = V::fma(V::to_f32(acc[r][v]), both, total[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < VS; ++v) V::store(sums + r * kPad + v * kLanes, total[r][v]);
+  }
+}
+
+// Four k of one vector: code by code.
+template <class V, int R>
+inline void wide_bytes(typename V::F (&part)[R], typename V::Raw bytes, typename V::F zero, const float* const (&x)[R],
+                       int64_t k) {
+  const typename V::F w[4] = {V::template byte<0>(bytes), V::template byte<1>(bytes), V::template byte<2>(bytes),
+                              V::template byte<3>(bytes)};
+  for (int j = 0; j < 4; ++j) {
+    const typename V::F value = V::sub(w[j], zero);
+    for (int r = 0; r < R; ++r) part[r] = V::fma(value, V::set1(x[r][k + j]), part[r]);
+  }
+}
+
+template <class V, template <class> class Codes, int TILE, int R>
+inline void wide_groups(const Phase& phase, float* sums, const char* w, int64_t vector, const Input<float>& in,
+                        int64_t row, int64_t first_group, int64_t groups, const char* ahead) {
+  using C = Codes<V>;
+  const int64_t steps = phase.scale_group / C::kStep, codes_bytes = steps * TILE * 64;
+  for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes, ahead += phase.group_bytes) {
+    const QuantBlock block = quant_block(phase, w, TILE, vector, codes_bytes);
+    const char* fetch = ahead + (block.codes - w);
+    if (vector == 0) V::prefetch(ahead);
+    const typename V::F zero = block.zeros ? V::to_f32(V::load_u8(block.zeros)) : V::set1(C::kZero);
+    const float* x[R];
+    typename V::F part[R];
+    for (int r = 0; r < R; ++r) {
+      x[r] = in.x + (row + r) * in.stride + (first_group + g) * phase.scale_group;
+      part[r] = V::zero();
+    }
+    const char* codes = block.codes;
+    for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, fetch += TILE * 64) {
+      const typename V::Raw raw = V::load_raw(codes);
+      V::prefetch(fetch);
+      wide_bytes<V, R>(part, C::template bytes<0>(raw), zero, x, s * C::kStep);
+      if constexpr (C::kStep == 8) wide_bytes<V, R>(part, C::template bytes<1>(raw), zero, x, s * C::kStep + 4);
+    }
+    const typename V::F scale = V::load_f16(reinterpret_cast<const uint16_t*>(block.scales));
+    for (int r = 0; r < R; ++r) {
+      V::store(sums + r * kPad, V::fma(part[r], scale, V::load(sums + r * kPad)));
+    }
+  }
+}
+
+// The weight policies of product.h. X: what the rows are before `take`.
+template <class V, template <class> class Codes>
+struct QuantNarrow {
+  using X = float;
+
+  // Rows of phase.k elements, quantized into scratch.
+  static QuantInput take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
+    const Model& model = worker.forward->model;
+    const int64_t stride = model.input_stride * 4;  // bytes
+    int8_t* out = worker.input<int8_t>();
+    for (int64_t r = 0; r < n_rows; ++r) {
+      quantize_row<V>(rows.x + r * rows.stride, phase.k, phase.scale_group, out + r * stride,
+                      worker.group_scales() + r * model.group_stride, worker.group_sums() + r * model.group_stride);
+    }
+    return {out, stride, worker.group_scales(), worker.group_sums(), model.group_stride};
+  }
+
+  template <int TILE, int R>
+  static void rows(const Phase& phase, float* sums, const char* w, const QuantInput& in, int64_t row, int64_t group,
+                   int64_t groups, const char* ahead) {
+    constexpr int most = R == 1 ? V::kQuantVectorsOneRow : V::kQuantVectorsManyRows;
+    constexpr int VS = TILE < most ? TILE : most;
+    for (int v = 0; v < TILE; v += VS) {
+      narrow_groups<V, Codes, TILE, VS, R>(phase, sums + v * kLanes, w, v, in, row, group, groups, ahead);
+    }
+  }
+};
+
+template <class V, template <class> class Codes>
+struct QuantWide {
+  using X = float;
+
+  // Rows of phase.k elements, zeros behind them up to a whole group.
+  static Input<float> take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
+    const int64_t stride = worker.forward->model.input_stride;
+    float* out = worker.input<float>();
+    for (int64_t r = 0; r < n_rows; ++r) {
+      const float* in = rows.x + r * rows.stride;
+      for (int64_t i = 0; i < phase.k_padded; i += kLanes) {
+        V::store(out + r * stride + i, i < phase.k ? V::first(phase.k - i, V::load(in + i), V::zero()) : V::zero());
+      }
+    }
+    return {out, stride};
+  }
+
+  template <int TILE, int R>
+  static void rows(const Phase& phase, float* sums, const char* w, const Input<float>& in, int64_t row, int64_t group,
+                   int64_t groups, const char* ahead) {
+    for (int v = 0; v < TILE; ++v) {
+      wide_groups<V, Codes, TILE, R>(phase, sums + v * kLanes, w, v, in, row, group, groups, ahead);
+    }
+  }
+};
+
+}  // namespace flashformer
