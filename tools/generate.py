@@ -23,7 +23,7 @@ def camel(name: str) -> str:
     return "k" + re.sub(r"(?:^|_)(\w)", lambda m: m[1].upper(), name)
 
 
-QUANT_TABLES = {
+QUANT_TABLES: dict[str, Sequence[float]] = {
     "kInt4Steps": INT4_STEPS,
     "kInt4ZpShares": INT4_ZP_SHARES,
     "kNf4Shares": NF4_SHARES,
