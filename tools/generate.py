@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import SupportsFloat
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
@@ -23,7 +24,7 @@ def camel(name: str) -> str:
     return "k" + re.sub(r"(?:^|_)(\w)", lambda m: m[1].upper(), name)
 
 
-QUANT_TABLES: dict[str, Sequence[float]] = {
+QUANT_TABLES: dict[str, Sequence[SupportsFloat]] = {
     "kInt4Steps": INT4_STEPS,
     "kInt4ZpShares": INT4_ZP_SHARES,
     "kNf4Shares": NF4_SHARES,
@@ -31,7 +32,7 @@ QUANT_TABLES: dict[str, Sequence[float]] = {
 }
 
 
-def _floats(values: Sequence[float]) -> str:
+def _floats(values: Sequence[SupportsFloat]) -> str:
     return ", ".join(f"{float(value)!r}f" for value in values)
 
 

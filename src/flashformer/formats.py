@@ -40,6 +40,11 @@ class Format:
         """Rows are padded to a multiple of this many elements."""
         return self.scale_group or self.k_group
 
+    def row_bytes(self, k: int) -> int:
+        """Bytes of k elements of a row: codes, scales, zeros."""
+        groups = -(-k // self.scale_group) if self.scale_group else 0
+        return -(-k * self.bits // 8) + groups * (2 + self.zero_points)
+
     def group_bytes(self, vectors: int) -> int:
         """Packed bytes of k_multiple consecutive k of a tile: scales, zeros, codes, each in whole cache lines."""
         if not self.scale_group:

@@ -88,7 +88,7 @@ def test_run_json_is_one_object(folder: Path, expected: ff.Output) -> None:
 BAD_LINES = [
     (("run",), "MODEL"),
     (("run", "MODEL", "hi", "--speculate", "ngram"), "--speculate"),
-    (("run", "MODEL", "hi", "--quant", "int8"), "--quant"),
+    (("run", "MODEL", "hi", "--quant", "int5"), "quant"),
     (("run", "MODEL", "hi", "--top-k", "-1"), "top_k=-1"),
     (("run", "MODEL", "hi", "--top-k", "259"), "top_k=259"),
     (("run", "MODEL", "hi", "--top-p", "0"), "top_p=0"),

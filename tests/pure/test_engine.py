@@ -194,6 +194,8 @@ BAD_OPTIONS = [
     {"threads": 0},
     {"prompt_chunk": 0},
     {"dtype": "f64"},
+    {"quant": "int4-g31"},
+    {"quant": "fp8"},
     {"kv_dtype": "int8"},
     {"exact": 1},
     {"ctx": 1.5},
@@ -293,3 +295,24 @@ def test_c50_models_that_share_the_cpus_are_said_to(folder: Path, recwarn: pytes
     recwarn.clear()
     ff.load(folder, device="reference", threads=n_cpus).close()
     assert not [w for w in recwarn if "share" in str(w.message)]
+
+
+def test_quantized_layers_and_their_head(folder: Path) -> None:
+    """A 4-bit body has an 8-bit head; what is read per token counts scales and zeros."""
+    for quant, (body, head) in {
+        "int8": ("int8-g128", "int8-g128"),
+        "int4": ("int4-g32", "int8-g128"),
+        "int4-g64-zp": ("int4-g64-zp", "int8-g128"),
+        "nf4": ("nf4-g64", "int8-g128"),
+        "int8-g32": ("int8-g32", "int8-g32"),
+        "none": ("none", "none"),
+    }.items():
+        plan = plan_model(str(folder), Options(quant=quant), prove=True)
+        assert (plan.quant, plan.head_quant) == (body, head)
+    wide = plan_model("shape:llama-3.2-1b", Options(ctx=512))
+    narrow = plan_model("shape:llama-3.2-1b", Options(ctx=512, quant="int4-g32"))
+    layers = 973078528  # weights of the layers
+    head = 128256 * 2048
+    assert wide.weight_bytes_per_token == 2 * (layers + head)
+    assert narrow.weight_bytes_per_token == layers * 4.5 / 8 + head * (8 + 16 / 128) / 8
+    assert narrow.memory["weights_bytes"] < 0.34 * wide.memory["weights_bytes"]

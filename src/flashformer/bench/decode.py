@@ -128,7 +128,7 @@ def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: ReadProbe | 
         fraction=median(pair_ratios(block_gb_s, probes)) if probes else None,
         device=llm.setup.device,
         threads=llm.setup.target.n_workers,
-        quant="none",
+        quant=quant.name if (quant := llm.setup.target.body_quant) else "none",
         model=llm.name,
         commit=commit,
     )

@@ -14,6 +14,7 @@ import typer
 
 from ..engine import LLM, Options, load
 from ..engine.request import DEFAULT_MAX_TOKENS, SamplingArguments, SamplingSettings
+from ..formats import QUANT_NAMES
 from ..log import log
 from .progress import loading_bar
 
@@ -86,6 +87,9 @@ class Machine:
     dtype: Annotated[Dtype, typer.Option("--dtype", help="format of the weights in memory; auto: as stored")] = (
         Dtype.AUTO
     )
+    quant: Annotated[
+        str, typer.Option("--quant", help=f"none, {', '.join(QUANT_NAMES)}, or with a group such as int4-g128")
+    ] = "none"
     exact: Annotated[bool, typer.Option("--exact", help="keep activations in fp32 at the input of products")] = False
     kv_dtype: Annotated[
         KvDtype | None, typer.Option("--kv-dtype", help="format of the KV cache; default bf16, f32 under f32")
@@ -99,6 +103,7 @@ class Machine:
         return Options(
             device=self.device.value,
             dtype=self.dtype.value,
+            quant=self.quant,
             exact=self.exact,
             kv_dtype=self.kv_dtype.value if self.kv_dtype else None,
             ctx=ctx,

@@ -69,7 +69,7 @@ def render(made: Plan) -> str:
     """The plan as text. Layers with equal phases share a line."""
     memory = made.memory
     lines = [
-        f"model      {made.model}: weights {made.dtype}, KV {made.kv_dtype}"
+        f"model      {made.model}: weights {_weights(made)}, KV {made.kv_dtype}"
         + (", exact activations" if made.exact else ""),
         f"device     {made.device}" + (f", {made.isa}" if made.isa else ""),
         f"threads    {made.threads}: {made.threads_why}",
@@ -92,6 +92,12 @@ def render(made: Plan) -> str:
     if made.proof is not None:
         lines += ["", "proved"] + [f"  {count:>9,} {fact}" for fact, count in made.proof.items()]
     return "\n".join(lines) + "\n"
+
+
+def _weights(made: Plan) -> str:
+    if made.quant == "none":
+        return made.dtype
+    return f"{made.quant}, head {made.head_quant}, the rest {made.dtype}"
 
 
 def _phase_lines(made: Plan) -> list[str]:

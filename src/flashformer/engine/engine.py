@@ -43,6 +43,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quant: str | None = None,
     kv_dtype: str | None = None,
     exact: bool = False,
     ctx: int | None = None,
@@ -63,6 +64,7 @@ def load(
     options = Options(
         device=device,
         dtype=dtype,
+        quant=quant,
         kv_dtype=kv_dtype,
         exact=exact,
         ctx=ctx,

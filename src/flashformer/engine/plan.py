@@ -34,6 +34,8 @@ class Plan:
     threads: int
     threads_why: str
     dtype: str
+    quant: str  # format of the matrices of the layers, "none": dtype
+    head_quant: str
     kv_dtype: str
     exact: bool
     ctx: int
@@ -66,9 +68,9 @@ class Plan:
 
 
 def weight_read_bytes(program: Program) -> int:
-    """Weight elements that every token must read, without the padding of tiles."""
+    """Weights that every token must read, scales and zeros included, without the padding of tiles."""
     matrices = (phase.matrix for phase in program.phases if phase.matrix is not None)
-    return sum(m.n_out * m.k * m.format.bits for m in matrices) // 8
+    return sum(m.n_out * m.format.row_bytes(m.k) for m in matrices)
 
 
 def make_plan(name: str, program: Program, setup: Setup, asked: Defaults, *, isa: object = None) -> Plan:
@@ -84,6 +86,8 @@ def make_plan(name: str, program: Program, setup: Setup, asked: Defaults, *, isa
         threads=target.n_workers,
         threads_why=setup.threads.why,
         dtype=target.weight_format.name,
+        quant=target.body_quant.name if target.body_quant else "none",
+        head_quant=target.head_quant.name if target.head_quant else "none",
         kv_dtype=target.kv_format.name,
         exact=target.exact,
         ctx=target.ctx,

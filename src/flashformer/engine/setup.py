@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from ..backends.cpu import topology
 from ..backends.registry import PROMPT_CHUNK, resolve_device
 from ..errors import LoadError, RequestError
-from ..formats import F32, FORMATS, Format
+from ..formats import F32, FORMATS, QUANT_NAMES, QUANTS, Format, find_quant
 from ..model.spec import ModelSpec, RopeKind
 from ..program.ir import KEY_CHUNK, MAX_HEAD_ROWS, Memory, Target
 from .request import LIMITS, flag, integer
 
 DEFAULT_CTX = 8192
+HEAD_QUANT = QUANTS["int8-g128"]  # of lm_head where the layers have fewer bits: there an error is an error of a token
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Options:
     """How to load a model. None and "auto" mean: choose, and say why in the plan. Raises RequestError."""
 
     device: str = "auto"
-    dtype: str = "auto"  # format of the weights in memory
+    dtype: str = "auto"  # format of the weights in memory that are not quantized
+    quant: str | None = None  # format of the matrices, see formats.QUANTS and QUANT_NAMES; None and "none": as `dtype`
     kv_dtype: str | None = None
     exact: bool = False  # activations stay fp32 at the input of products
     ctx: int | None = None  # positions per slot
@@ -31,6 +33,8 @@ class Options:
 
     def __post_init__(self) -> None:
         _name("dtype", self.dtype, ("auto", *FORMATS))
+        if self.quant is not None:
+            _name("quant", self.quant, ("none", *QUANT_NAMES, *QUANTS))
         if self.kv_dtype is not None:
             _name("kv_dtype", self.kv_dtype, tuple(FORMATS))
         flag("exact", self.exact)
@@ -73,6 +77,8 @@ def set_up(spec: ModelSpec, stored: Format, options: Options) -> Setup:
         streams=options.streams,
         ctx=ctx,
         exact=options.exact,
+        body_quant=(body := find_quant(options.quant or "none")),
+        head_quant=HEAD_QUANT if body is not None and body.bits < 8 else body,
     )
     return Setup(device, target, chunk, threads, ctx_why, free)
 
