@@ -42,14 +42,22 @@ def benchmark_figures(results: Path = RESULTS) -> str:
 
     def row(r: dict[str, Any]) -> list[object]:
         test = f"{r['test']}, {r['rows']} rows" if r["rows"] != 1 else r["test"]
-        percent = None if r["fraction"] is None else 100 * r["fraction"]
-        speed = [shown(r["tokens_per_s"], 1), shown(r["gb_per_s"], 1), shown(r["probe_gb_per_s"], 1)]
+        percent = None if r.get("fraction") is None else 100 * r["fraction"]
+        speed = [shown(r["tokens_per_s"], 1), shown(r.get("gb_per_s"), 1), shown(r.get("probe_gb_per_s"), 1)]
         in_cache = r["weight_bytes"] < 4 * r["machine"]["llc_bytes"]  # then memory bandwidth is no measure
-        share = "weights fit in cache" if in_cache else shown(percent, 0, " %")
-        return [r["model"], test, r["depth"], *speed, share, r["commit"]]
+        share = "" if r["test"] == "prefill" else "weights fit in cache" if in_cache else shown(percent, 0, " %")
+        return [
+            r["model"],
+            r["quant"] if r["quant"] != "none" else "as stored",
+            test,
+            r["depth"],
+            *speed,
+            share,
+            r["commit"],
+        ]
 
     machines = sorted({f"{r['machine']['cpu']}, {r['machine']['isa']}, {r['threads']} threads" for r in records})
-    header = ("model", "test", "context", "tokens/s", "GB/s", "measured read GB/s", "of measured", "commit")
+    header = ("model", "weights", "test", "context", "tokens/s", "GB/s", "measured read GB/s", "of measured", "commit")
     return "\n".join([table(header, map(row, records)), "", f"Measured on: {'; '.join(machines)}."])
 
 

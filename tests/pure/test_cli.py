@@ -113,7 +113,8 @@ BAD_LINES = [
     (("bench", "MODEL", "--rows", "1,x"), "--rows"),
     (("bench", "MODEL", "--rows", "17"), "17"),
     (("bench", "MODEL", "--depth", "96"), "--depth"),
-    (("bench", "MODEL", "-p", "5"), "-p"),
+    (("bench", "MODEL", "-p", "-5"), "prompt_tokens"),
+    (("bench", "MODEL", "-p", "97"), "97"),
     (("plan", "MODEL", "-n", "5"), "-n"),
     (("serve", "MODEL"), "serve"),
     (("chat", "MODEL"), "no default chat template"),
@@ -239,8 +240,11 @@ BENCH_FIELDS = {
 def test_bench_json_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashformer.cli.bench.ReadProbe", FakeProbe)
     result = call("bench", folder, "--rows", "1,3", "-n", "4", "-r", "2", "--depth", "5", "--threads", "2", "--json")
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    prompt, *lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert result.exit_code == 0
+    assert set(prompt) == BENCH_FIELDS - {"gb_per_s", "probe_gb_per_s", "fraction"}
+    assert (prompt["test"], prompt["rows"], prompt["depth"]) == ("prefill", 1, 0)
+    assert prompt["tokens_per_s"] == pytest.approx(1000 / prompt["ms_per_token"]["median"])
     assert [set(line) for line in lines] == [BENCH_FIELDS] * 2
     matrices = 2 * (32 * 32 * 2 + 2 * 16 * 32 + 3 * 48 * 32) + 258 * 32
     position = 2 * 2 * 16 * 4  # two layers, keys and values, one head of 16, f32
@@ -276,7 +280,7 @@ def test_bench_alternates_at_least_nine_blocks_with_probes(folder: Path, monkeyp
     monkeypatch.setattr(FakeProbe, "gb_s", lambda self, seconds: events.append("P") or 10.0)
     monkeypatch.setattr(ReferenceKernel, "forward", lambda self, n: events.append("f") or forward(self, n))
     monkeypatch.setattr("flashformer.cli.bench.ReadProbe", FakeProbe)
-    assert call("bench", folder, "--rows", "1", "-n", "2", "-r", "1", "--json").exit_code == 0
+    assert call("bench", folder, "--rows", "1", "-n", "2", "-r", "1", "-p", "0", "--json").exit_code == 0
     assert re.fullmatch("f+P(f+P){9,}", "".join(events))
 
 
@@ -289,7 +293,7 @@ def test_bench_refuses_a_kernel_whose_tokens_change(folder: Path, monkeypatch: p
 
     monkeypatch.setattr(ReferenceKernel, "forward", unsteady)
     monkeypatch.setattr("flashformer.cli.bench.ReadProbe", FakeProbe)
-    result = call("bench", folder, "--rows", "1", "-n", "2", "-r", "2")
+    result = call("bench", folder, "--rows", "1", "-n", "2", "-r", "2", "-p", "0")
     assert result.exit_code == 1
     assert "not deterministic" in result.stderr
 
@@ -298,6 +302,7 @@ def test_bench_table_is_for_people(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("flashformer.cli.bench.ReadProbe", FakeProbe)
     result = call("bench", folder, "--rows", "2", "-n", "3", "-r", "1")
     assert result.exit_code == 0
+    assert "prefill" in result.stdout
     assert "decode" in result.stdout
     assert "in cache" in result.stdout
 

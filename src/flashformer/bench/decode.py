@@ -1,4 +1,4 @@
-"""Decode speed beside this machine's read bandwidth, both measured in turns."""
+"""Decode speed beside this machine's read bandwidth, both measured in turns; and the speed of prompts."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ TOKEN_SEED = 1
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """`rows`: one test each, with that many slots of one row. Raises RequestError."""
+    """`rows`: one decode test each, with that many slots of one row. Raises RequestError."""
 
+    prompt_tokens: int = 512  # of the prefill test; 0: none
     new_tokens: int = 64
     rows: tuple[int, ...] = (1, 2, 4, 8)
     depth: int = 0  # positions cached before the first measured token
     repeat: int = 5
 
     def __post_init__(self) -> None:
+        integer("prompt_tokens", self.prompt_tokens, (0, 1 << 20))
         integer("new_tokens", self.new_tokens, (1, 1 << 20))
         integer("depth", self.depth, (0, 1 << 30))
         integer("repeat", self.repeat, (1, 10_000))
@@ -52,27 +54,27 @@ class BenchOptions:
 
     def ctx(self, max_positions: int) -> int:
         """Positions per slot that the tests need, in whole chunks. Raises RequestError."""
-        need = self.start + self.new_tokens
+        need = max(self.start + self.new_tokens, self.prompt_tokens)
         if need > max_positions:
             raise RequestError(
-                f"depth {self.depth} and {self.new_tokens} new tokens need {need} positions, the model has "
-                f"{max_positions}: lower --depth or --new-tokens"
+                f"depth {self.depth} and {self.new_tokens} new tokens, or {self.prompt_tokens} of a prompt, need "
+                f"{need} positions, the model has {max_positions}: lower --depth, --new-tokens or --prompt-tokens"
             )
         return min(-(-need // KEY_CHUNK) * KEY_CHUNK, max_positions)
 
 
 @dataclass(frozen=True)
-class DecodeBench:
-    """One line of results. A forward makes one token in each of `rows` slots."""
+class BenchResult:
+    """One line of results. A forward of `decode` makes one token in each of `rows` slots; `prefill` is one prompt."""
 
-    test: str
+    test: str  # "decode" | "prefill"
     rows: int
     depth: int
-    tokens_per_s: float  # all slots together, from the median forward
+    tokens_per_s: float  # all slots together, from the median forward; of a prompt from its median time
     ms_per_token: dict[str, float]  # median, min, max over forwards: the time from token to token of a slot
     weight_bytes: int  # read per forward
     kv_bytes: int  # read per forward by all slots, mean over the run
-    gb_per_s: float
+    gb_per_s: float | None  # None, as the next two, for prefill, which is not limited by memory
     probe_gb_per_s: float | None
     fraction: float | None
     device: str
@@ -82,10 +84,50 @@ class DecodeBench:
     commit: str
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        """Without what a test has no figure for."""
+        bandwidth = ("gb_per_s", "probe_gb_per_s", "fraction")
+        return {k: v for k, v in asdict(self).items() if self.test == "decode" or k not in bandwidth}
 
 
-def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: ReadProbe | None, commit: str) -> DecodeBench:
+def bench_prefill(llm: LLM, options: BenchOptions, commit: str) -> BenchResult:
+    """Measures a prompt of `prompt_tokens` in one slot, in chunks as the engine cuts it; nothing is cached before."""
+    n = options.prompt_tokens
+    ids = np.random.default_rng(TOKEN_SEED).integers(0, llm.spec.vocab_size, n, np.int32)
+    prompt_ns: list[int] = []
+    with llm.turns.lock:
+        llm.turns.check()
+        llm.forget()
+        for _ in range(1 + options.repeat):  # the first to warm up
+            begin = perf_counter_ns()
+            _fill(llm, 0, ids, Want.TOKEN)
+            prompt_ns.append(perf_counter_ns() - begin)
+    ms = [ns / 1e6 / n for ns in prompt_ns[1:]]
+    positions = range(llm.setup.prompt_chunk, n + llm.setup.prompt_chunk, llm.setup.prompt_chunk)
+    kv_bytes = [kv_read_bytes(llm.spec, llm.setup.target.kv_format, min(end, n)) for end in positions]
+    return BenchResult(
+        test="prefill",
+        rows=1,
+        depth=0,
+        tokens_per_s=1e3 / median(ms),
+        ms_per_token={"median": median(ms), "min": min(ms), "max": max(ms)},
+        weight_bytes=weight_read_bytes(llm.program),
+        kv_bytes=sum(kv_bytes) // len(kv_bytes),
+        gb_per_s=None,
+        probe_gb_per_s=None,
+        fraction=None,
+        device=llm.setup.device,
+        threads=llm.setup.target.n_workers,
+        quant=_quant(llm),
+        model=llm.name,
+        commit=commit,
+    )
+
+
+def _quant(llm: LLM) -> str:
+    return quant.name if (quant := llm.setup.target.body_quant) else "none"
+
+
+def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: ReadProbe | None, commit: str) -> BenchResult:
     """Measures greedy decoding of `rows` slots; EOS does not end it.
 
     Blocks of forwards and of the probe take turns. `fraction` is the median over blocks of the block's GB/s
@@ -115,7 +157,7 @@ def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: ReadProbe | 
                 probes.append(probe.gb_s(PROBE_S))
     kv_per_step = sum(kv_bytes) // len(kv_bytes)
     middle = median(step_ns)
-    return DecodeBench(
+    return BenchResult(
         test="decode",
         rows=rows,
         depth=options.depth,
@@ -128,7 +170,7 @@ def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: ReadProbe | 
         fraction=median(pair_ratios(block_gb_s, probes)) if probes else None,
         device=llm.setup.device,
         threads=llm.setup.target.n_workers,
-        quant=quant.name if (quant := llm.setup.target.body_quant) else "none",
+        quant=_quant(llm),
         model=llm.name,
         commit=commit,
     )
@@ -174,8 +216,8 @@ def _steps(llm: LLM, options: BenchOptions, n_rows: int) -> Iterator[tuple[int, 
             yield ns, start + offset + 1
 
 
-def _fill(llm: LLM, slot: int, ids: NDArray[np.int32]) -> None:
-    """Caches a prompt; wants nothing."""
+def _fill(llm: LLM, slot: int, ids: NDArray[np.int32], want: Want = Want.NOTHING) -> None:
+    """Caches a prompt, of which the last row may want something."""
     rows, chunk = llm.kernel.rows, llm.setup.prompt_chunk
     for begin in range(0, len(ids), chunk):
         part = ids[begin : begin + chunk]
@@ -184,4 +226,6 @@ def _fill(llm: LLM, slot: int, ids: NDArray[np.int32]) -> None:
         rows.slot[:n] = slot
         rows.pos[:n] = np.arange(begin, begin + n)
         rows.want[:n] = Want.NOTHING
+        if begin + n == len(ids):
+            rows.want[n - 1] = want
         llm.kernel.forward(n)
