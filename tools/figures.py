@@ -46,15 +46,8 @@ def benchmark_figures(results: Path = RESULTS) -> str:
         speed = [shown(r["tokens_per_s"], 1), shown(r.get("gb_per_s"), 1), shown(r.get("probe_gb_per_s"), 1)]
         in_cache = r["weight_bytes"] < 4 * r["machine"]["llc_bytes"]  # then memory bandwidth is no measure
         share = "" if r["test"] == "prefill" else "weights fit in cache" if in_cache else shown(percent, 0, " %")
-        return [
-            r["model"],
-            r["quant"] if r["quant"] != "none" else "as stored",
-            test,
-            r["depth"],
-            *speed,
-            share,
-            r["commit"],
-        ]
+        weights = "as stored" if r["quant"] == "none" else r["quant"]
+        return [r["model"], weights, test, r["depth"], *speed, share, r["commit"]]
 
     machines = sorted({f"{r['machine']['cpu']}, {r['machine']['isa']}, {r['threads']} threads" for r in records})
     header = ("model", "weights", "test", "context", "tokens/s", "GB/s", "measured read GB/s", "of measured", "commit")

@@ -80,6 +80,7 @@ inline void product_block(float* sums, const char* w, int64_t tile_step, const t
 template <class V, class P>
 struct Plain : P {
   using X = typename P::X;
+  static constexpr int kRowsAtOnce = V::kRowsAtOnce;
 
   static Input<X> take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return rows; }
 
@@ -98,9 +99,11 @@ struct Plain : P {
 template <class V, class W, int TILE, class In>
 inline void remaining_rows(const Phase& phase, int64_t rows, float* sums, const char* w, const In& in, int64_t row,
                            int64_t group, int64_t groups, const char* ahead) {
-  if constexpr (V::kRowsAtOnce > 4) {
+  if constexpr (W::kRowsAtOnce > 4) {
     if (rows == 5) return W::template rows<TILE, 5>(phase, sums, w, in, row, group, groups, ahead);
     if (rows == 4) return W::template rows<TILE, 4>(phase, sums, w, in, row, group, groups, ahead);
+  }
+  if constexpr (W::kRowsAtOnce > 2) {
     if (rows == 3) return W::template rows<TILE, 3>(phase, sums, w, in, row, group, groups, ahead);
     if (rows == 2) return W::template rows<TILE, 2>(phase, sums, w, in, row, group, groups, ahead);
   }
@@ -110,7 +113,7 @@ inline void remaining_rows(const Phase& phase, int64_t rows, float* sums, const 
 // One tile for all rows. `next`: where this worker reads after this tile.
 template <class V, class W, int TILE, class In>
 void product_tile(const Phase& phase, float* sums, const char* w, const In& in, int64_t n_rows, const char* next) {
-  constexpr int R = V::kRowsAtOnce;
+  constexpr int R = W::kRowsAtOnce;
   const int64_t all = phase.tile_bytes / phase.group_bytes;
   const int64_t most = (n_rows <= R ? kBlockBytes : 4 * kBlockBytes) / phase.group_bytes, at_once = most > 0 ? most : 1;
   for (int64_t i = 0; i < n_rows * kPad; i += kLanes) V::store(sums + i, V::zero());

@@ -50,12 +50,14 @@ inline void quantize_row(const float* x, int64_t n, int64_t group, int8_t* out, 
 }
 
 // What a kind of codes looks like: a step is one 64-byte vector, kStep consecutive k of 16 outputs. bytes<H>: one code
-// in each byte, H = 1 for the second half of a step of nibbles.
+// in each byte, H = 1 for the second half of a step of nibbles; `dot` takes these.
 template <class V>
 struct CodesInt8 {
   static constexpr int64_t kStep = 4;
   static constexpr int kBias = V::kByteBias;  // what `dot` takes codes to be off by
-  static typename V::I dot(typename V::I acc, typename V::Raw w, const int8_t* x) { return V::dot_bytes(acc, w, x); }
+  static typename V::I dot(typename V::I acc, typename V::Raw bytes, const int8_t* x) {
+    return V::dot_bytes(acc, bytes, x);
+  }
   template <int H>
   static typename V::Raw bytes(typename V::Raw w) {
     return w;
@@ -67,9 +69,8 @@ template <class V>
 struct CodesInt4 {
   static constexpr int64_t kStep = 8;
   static constexpr int kBias = 8;
-  static typename V::I dot(typename V::I acc, typename V::Raw w, const int8_t* x) {
-    acc = V::dot_nibbles(acc, V::low_nibbles(w), x);
-    return V::dot_nibbles(acc, V::high_nibbles(w), x + 4);
+  static typename V::I dot(typename V::I acc, typename V::Raw bytes, const int8_t* x) {
+    return V::dot_nibbles(acc, bytes, x);
   }
   template <int H>
   static typename V::Raw bytes(typename V::Raw w) {
@@ -82,9 +83,8 @@ template <class V>
 struct CodesNf4 {
   static constexpr int64_t kStep = 8;
   static constexpr int kBias = V::kByteBias;
-  static typename V::I dot(typename V::I acc, typename V::Raw w, const int8_t* x) {
-    acc = V::dot_bytes(acc, bytes<0>(w), x);
-    return V::dot_bytes(acc, bytes<1>(w), x + 4);
+  static typename V::I dot(typename V::I acc, typename V::Raw bytes, const int8_t* x) {
+    return V::dot_bytes(acc, bytes, x);
   }
   template <int H>
   static typename V::Raw bytes(typename V::Raw w) {
@@ -113,15 +113,29 @@ inline QuantBlock quant_block(const Phase& phase, const char* group, int64_t til
   return {group + vector * 32, zeros, group + phase.group_bytes - codes_bytes + vector * 64};
 }
 
+// Half H of a step, four k: codes are taken out once for all rows.
+template <class V, class C, int H, int VS, int R>
+inline void four_k(typename V::I (&acc)[R][VS], const typename V::Raw (&weight)[VS], const int8_t* const (&x)[R],
+                   int64_t k) {
+  typename V::Raw bytes[VS];
+  for (int v = 0; v < VS; ++v) bytes[v] = C::template bytes<H>(weight[v]);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < VS; ++v) acc[r][v] = C::dot(acc[r][v], bytes[v], x[r] + k);
+  }
+}
+
 // VS vectors of R rows over `groups` groups.
 template <class V, template <class> class Codes, int TILE, int VS, int R>
 inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_t vector, const QuantInput& in,
                           int64_t row, int64_t first_group, int64_t groups, const char* ahead) {
   using C = Codes<V>;
   const int64_t steps = phase.scale_group / C::kStep, codes_bytes = steps * TILE * 64;
+  constexpr bool in_registers = R * VS <= 8;  // the sums over groups, beside those within one
   typename V::F total[R][VS];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < VS; ++v) total[r][v] = V::load(sums + r * kPad + v * kLanes);
+    for (int v = 0; v < VS; ++v) {
+      if constexpr (in_registers) total[r][v] = V::load(sums + r * kPad + v * kLanes);
+    }
   }
   for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes, ahead += phase.group_bytes) {
     const QuantBlock block = quant_block(phase, w, TILE, vector, codes_bytes);
@@ -147,20 +161,26 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
         weight[v] = V::load_raw(codes + v * 64);
         V::prefetch(fetch + v * 64);
       }
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < VS; ++v) acc[r][v] = C::dot(acc[r][v], weight[v], x[r] + s * C::kStep);
-      }
+      four_k<V, C, 0>(acc, weight, x, s * C::kStep);
+      if constexpr (C::kStep == 8) four_k<V, C, 1>(acc, weight, x, s * C::kStep + 4);
     }
     for (int v = 0; v < VS; ++v) {
       const typename V::F scale = V::load_f16(reinterpret_cast<const uint16_t*>(block.scales + v * 32));
       for (int r = 0; r < R; ++r) {
         const typename V::F both = V::mul(scale, V::set1(in.scales[(row + r) * in.group_stride + first_group + g]));
-        total[r][v] = V::fma(V::to_f32(acc[r][v]), both, total[r][v]);
+        float* sum = sums + r * kPad + v * kLanes;
+        if constexpr (in_registers) {
+          total[r][v] = V::fma(V::to_f32(acc[r][v]), both, total[r][v]);
+        } else {
+          V::store(sum, V::fma(V::to_f32(acc[r][v]), both, V::load(sum)));
+        }
       }
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < VS; ++v) V::store(sums + r * kPad + v * kLanes, total[r][v]);
+    for (int v = 0; v < VS; ++v) {
+      if constexpr (in_registers) V::store(sums + r * kPad + v * kLanes, total[r][v]);
+    }
   }
 }
 
@@ -210,6 +230,7 @@ inline void wide_groups(const Phase& phase, float* sums, const char* w, int64_t 
 template <class V, template <class> class Codes>
 struct QuantNarrow {
   using X = float;
+  static constexpr int kRowsAtOnce = V::kQuantRowsAtOnce;
 
   // Rows of phase.k elements, quantized into scratch.
   static QuantInput take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
@@ -226,7 +247,7 @@ struct QuantNarrow {
   template <int TILE, int R>
   static void rows(const Phase& phase, float* sums, const char* w, const QuantInput& in, int64_t row, int64_t group,
                    int64_t groups, const char* ahead) {
-    constexpr int most = R == 1 ? V::kQuantVectorsOneRow : V::kQuantVectorsManyRows;
+    constexpr int most = V::quant_vectors(R);
     constexpr int VS = TILE < most ? TILE : most;
     for (int v = 0; v < TILE; v += VS) {
       narrow_groups<V, Codes, TILE, VS, R>(phase, sums + v * kLanes, w, v, in, row, group, groups, ahead);
@@ -237,6 +258,7 @@ struct QuantNarrow {
 template <class V, template <class> class Codes>
 struct QuantWide {
   using X = float;
+  static constexpr int kRowsAtOnce = V::kQuantRowsAtOnce;
 
   // Rows of phase.k elements, zeros behind them up to a whole group.
   static Input<float> take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {

@@ -20,8 +20,8 @@ struct Avx2 {
   static constexpr int kVectorsOneRow = 4;
   static constexpr int kVectorsManyRows = 2;
   static constexpr int kValuesAtOnce = 1;
-  static constexpr int kQuantVectorsOneRow = 2;
-  static constexpr int kQuantVectorsManyRows = 1;
+  static constexpr int kQuantRowsAtOnce = 2;
+  static constexpr int quant_vectors(int rows) { return rows == 1 ? 2 : 1; }
   static constexpr int kByteBias = 0;  // dot_bytes makes codes signed
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

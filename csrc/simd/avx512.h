@@ -16,8 +16,9 @@ struct Avx512 {
   static constexpr int kVectorsOneRow = 4;  // weight vectors in flight for 1 row
   static constexpr int kVectorsManyRows = 4;
   static constexpr int kValuesAtOnce = 4;  // vectors of head_dim summed together by attention
-  static constexpr int kQuantVectorsOneRow = 4;
-  static constexpr int kQuantVectorsManyRows = 2;
+  // rows and vectors at once of a quantized product: whole tiles, for a tile read in two passes comes at half the speed
+  static constexpr int kQuantRowsAtOnce = 4;
+  static constexpr int quant_vectors(int) { return 4; }
   static constexpr int kByteBias = 128;  // dot_bytes takes codes as they are, unsigned
 
   static F zero() { return _mm512_setzero_ps(); }

@@ -25,8 +25,8 @@ struct Portable {
   static constexpr int kVectorsOneRow = 1;
   static constexpr int kVectorsManyRows = 1;
   static constexpr int kValuesAtOnce = 1;
-  static constexpr int kQuantVectorsOneRow = 1;
-  static constexpr int kQuantVectorsManyRows = 1;
+  static constexpr int kQuantRowsAtOnce = 2;
+  static constexpr int quant_vectors(int) { return 1; }
   static constexpr int kByteBias = 128;
 
   template <class Fn>
