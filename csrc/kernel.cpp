@@ -1,6 +1,8 @@
 #include "kernel.h"
 
+#include <algorithm>
 #include <cfloat>
+#include <chrono>
 
 #include "simd/thread.h"
 
@@ -36,6 +38,19 @@ Kernel::Kernel(KernelArrays arrays, const PhaseTable& table, const KernelOptions
     workers_[w].log = options.log_capacity > 0 ? &logs_[w] : nullptr;
     workers_[w].delays.state = options.delay_seed ? options.delay_seed * 0x9E3779B97F4A7C15ull + w + 1 : 0;
   }
+}
+
+namespace {
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace
+
+void Kernel::keep_times() {
+  times_.assign(static_cast<std::size_t>(arrays_.model.n_workers * arrays_.model.n_phases * 2 + 2), 0);
 }
 
 void Kernel::clear_logs() {
@@ -109,7 +124,12 @@ Result Kernel::checked_forward(const RowArrays& rows, int64_t n_rows) {
   if (const int64_t bad = find_bad_row(rows, n_rows); bad >= 0) return {Outcome::kBadRow, bad};
   if (flashformer_in_forward) flashformer_in_forward(1);
   place_rows(rows, n_rows);
+  if (!times_.empty()) {
+    std::fill(times_.begin(), times_.end(), 0);
+    *(times_.end() - 2) = now_ns();
+  }
   team_.run();
+  if (!times_.empty()) times_.back() = now_ns();
   if (flashformer_in_forward) flashformer_in_forward(0);
   if (team_.broken()) return {Outcome::kStalled, 0};
   if (forward_.first_bad_place != kNoPlace) return {Outcome::kNotFinite, forward_.first_bad_place};
@@ -140,6 +160,7 @@ void Kernel::work(int index) {
   };
 
   const int64_t n_workers = arrays_.model.n_workers;
+  int64_t* times = times_.empty() ? nullptr : times_.data() + index * arrays_.model.n_phases * 2;
   const int64_t n_phases = n_phases_;  // read now: with the last arrival the caller may begin the next forward
   for (int64_t p = 0; p < n_phases; ++p) {
     const Phase& phase = forward_.phases[p];
@@ -147,7 +168,9 @@ void Kernel::work(int index) {
     worker.phase = p;
     if (span.wait > 0 && !wait(p, span.wait)) return;
     if (worker.log) worker.log->add(static_cast<int32_t>(p), kLogWait, span.wait);
+    if (times) times[2 * p] = now_ns();
     table_.functions[phase.op](worker, phase, span);
+    if (times) times[2 * p + 1] = now_ns();
     team_.arrive();
   }
   if (index == 0) wait(n_phases, n_workers * n_phases);

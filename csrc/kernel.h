@@ -48,6 +48,12 @@ class Kernel {
   const Log& log(int worker) const { return logs_[static_cast<std::size_t>(worker)]; }
   void clear_logs();
 
+  // From now on every forward notes when each worker entered a phase, its wait over, and when it left it.
+  void keep_times();
+  // Of the last forward, ns of the monotonic clock: (n_workers, n_phases, 2), 0 for phases that were not run; then when
+  // the forward began and ended. Empty before keep_times.
+  const std::vector<int64_t>& times() const { return times_; }
+
  private:
   Result checked_forward(const RowArrays& rows, int64_t n_rows);
   int64_t find_bad_row(const RowArrays& rows, int64_t n_rows) const;
@@ -63,6 +69,7 @@ class Kernel {
   int64_t n_phases_ = 0;  // of the forward under way
   std::vector<std::vector<LogEntry>> log_entries_;
   std::vector<Log> logs_;
+  std::vector<int64_t> times_;
   std::vector<Worker> workers_;
   Team team_;
 };

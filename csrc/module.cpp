@@ -303,6 +303,9 @@ NB_MODULE(_cpu, m) {
       .def("forward", &run_forward, "n_rows"_a, "Runs rows[:n_rows]; returns (outcome, detail).")
       .def("log", &read_log, "worker"_a, "[(phase, kind, value, begin)] since the last clear_logs.")
       .def("clear_logs", [](BoundKernel& self) { self.kernel->clear_logs(); })
+      .def("keep_times", [](BoundKernel& self) { self.kernel->keep_times(); })
+      .def(
+          "times", [](BoundKernel& self) { return self.kernel->times(); }, "Of the last forward, see csrc/kernel.h.")
       .def_ro("narrow", &BoundKernel::narrow, "Whether products of the layers take bf16 or int8 activations.")
       .def("stall", [](BoundKernel& self) {
         const Stall& s = self.kernel->stall();

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import DeviceError
 from ..program.ir import Program, Target
 
 
@@ -75,6 +77,16 @@ class Rows:
         self.top_p[:] = 1
 
 
+@dataclass(frozen=True)
+class Times:
+    """When each worker entered each phase, its wait over, and left it; ns of the monotonic clock."""
+
+    begin: int  # of the forward
+    end: int
+    entered: NDArray[np.int64]  # (n_workers, n_phases); phases that were not run are left out
+    left: NDArray[np.int64]  # (n_workers, n_phases)
+
+
 class Kernel(ABC):
     """One forward per call. Not thread-safe; the engine serialises."""
 
@@ -90,6 +102,14 @@ class Kernel(ABC):
     @abstractmethod
     def describe(self) -> dict[str, object]:
         """`device`, `isa`, `threads` and what else `doctor` and `bench` should show."""
+
+    def keep_times(self) -> None:
+        """From now on every forward notes its times. Raises DeviceError for a kernel that cannot."""
+        raise DeviceError("this kernel keeps no times: use device='cpu'")
+
+    def times(self) -> Times:
+        """Of the last forward since `keep_times`. Raises DeviceError for a kernel that cannot."""
+        raise DeviceError("this kernel keeps no times: use device='cpu'")
 
     def probe_weights(self) -> float | None:
         """Read bandwidth of the packed weights with this kernel's workers, GB/s; None if it cannot be measured."""

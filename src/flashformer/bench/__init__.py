@@ -2,5 +2,6 @@
 
 from .decode import BenchOptions, BenchResult, bench_decode, bench_prefill
 from .origin import commit
+from .trace import Trace, trace_forward
 
-__all__ = ["BenchOptions", "BenchResult", "bench_decode", "bench_prefill", "commit"]
+__all__ = ["BenchOptions", "BenchResult", "Trace", "bench_decode", "bench_prefill", "commit", "trace_forward"]

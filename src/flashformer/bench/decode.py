@@ -99,7 +99,7 @@ def bench_prefill(llm: LLM, options: BenchOptions, commit: str) -> BenchResult:
         llm.forget()
         for _ in range(1 + options.repeat):  # the first to warm up
             begin = perf_counter_ns()
-            _fill(llm, 0, ids, Want.TOKEN)
+            fill(llm, 0, ids, Want.TOKEN)
             prompt_ns.append(perf_counter_ns() - begin)
     ms = [ns / 1e6 / n for ns in prompt_ns[1:]]
     positions = range(llm.setup.prompt_chunk, n + llm.setup.prompt_chunk, llm.setup.prompt_chunk)
@@ -192,7 +192,7 @@ def _steps(llm: LLM, options: BenchOptions, n_rows: int) -> Iterator[tuple[int, 
     prompts = rng.integers(0, llm.spec.vocab_size, (n_rows, options.start), np.int32)
     first = rng.integers(0, llm.spec.vocab_size, n_rows, np.int32)
     for slot in range(n_rows):
-        _fill(llm, slot, prompts[slot])
+        fill(llm, slot, prompts[slot])
     kernel, rows, start = llm.kernel, llm.kernel.rows, options.start
     expected: list[NDArray[np.int32]] = []
     rows.slot[:n_rows] = np.arange(n_rows)
@@ -216,7 +216,7 @@ def _steps(llm: LLM, options: BenchOptions, n_rows: int) -> Iterator[tuple[int, 
             yield ns, start + offset + 1
 
 
-def _fill(llm: LLM, slot: int, ids: NDArray[np.int32], want: Want = Want.NOTHING) -> None:
+def fill(llm: LLM, slot: int, ids: NDArray[np.int32], want: Want = Want.NOTHING) -> None:
     """Caches a prompt, of which the last row may want something."""
     rows, chunk = llm.kernel.rows, llm.setup.prompt_chunk
     for begin in range(0, len(ids), chunk):

@@ -10,6 +10,7 @@ from .doctor import doctor
 from .output import Commands
 from .plan import plan
 from .run import run
+from .trace import trace
 
 app = typer.Typer(
     cls=Commands,
@@ -19,5 +20,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (run, chat, bench, plan, doctor):
+for command in (run, chat, bench, plan, trace, doctor):
     app.command()(command)

@@ -15,7 +15,7 @@ from ...errors import DeviceError
 from ...program.ir import MAX_HEAD_ROWS, Op, Space
 from ...program.records import FlatProgram, flatten
 from .. import nonfinite
-from ..base import ADJUST_COLUMNS, ROW_COLUMNS, Kernel, Rows
+from ..base import ADJUST_COLUMNS, ROW_COLUMNS, Kernel, Rows, Times
 from ..packed import Progress, load_or_pack
 from ..rows import read_rows
 from . import topology
@@ -140,6 +140,15 @@ class CpuKernel(Kernel):
 
     def clear_logs(self) -> None:
         self._native.clear_logs()
+
+    def keep_times(self) -> None:
+        self._native.keep_times()
+
+    def times(self) -> Times:
+        *phases, begin, end = self._native.times()
+        both = np.array(phases, np.int64).reshape(self.program.target.n_workers, -1, 2)
+        run = both[0, :, 1] > 0
+        return Times(begin, end, both[:, run, 0], both[:, run, 1])
 
     def probe_weights(self) -> float | None:
         """GB/s at which this kernel's number of threads reads its packed weights; None where caches hold them."""
