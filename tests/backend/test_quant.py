@@ -125,6 +125,22 @@ def test_kernel_equals_reference(fmt: Format, exact: bool, isa: str | None, monk
         kernel.close()
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("d_model", "d_ff"), [(64, 64), (64, 48), (192, 72), (128, 130)])
+def test_groups_longer_than_rows(d_model: int, d_ff: int, exact: bool) -> None:
+    """Rows are padded to whole groups in place; one must not reach into the next."""
+    model = tiny(5, scale=0.15, hidden_size=d_model, intermediate_size=d_ff, head_dim=16, vocab_size=97)
+    ids, target = random_ids(1, 16, 97), quantized(QUANTS["int8-g128"], exact=exact, rows=64, ctx=64)
+    expected = prompt_logits(reference(model.spec, dict(model.tensors), **target), ids)
+    kernel = cpu(model.spec, dict(model.tensors), **target)
+    try:
+        assert relative_error(prompt_logits(kernel, ids), expected) <= (2e-4 if exact else 2e-2)
+        one_by_one = prompt_logits(kernel, ids, chunk=1)
+        assert one_by_one.tobytes() == prompt_logits(kernel, ids).tobytes()
+    finally:
+        kernel.close()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", ["int8-g32", "int4-g128", "int4-g32-zp", "nf4-g64"])
 @pytest.mark.parametrize("exact", [True, False])

@@ -104,7 +104,7 @@ def test_no_figure_outside_the_markers():
 def test_table_shows_the_last_record(tmp_path):
     record = {
         "test": "decode", "rows": 1, "depth": 0, "tokens_per_s": 10.0, "gb_per_s": 20.0, "probe_gb_per_s": 25.0,
-        "fraction": 0.8, "device": "cpu", "threads": 2, "quant": None, "model": "m", "commit": "0123456789",
+        "fraction": 0.8, "device": "cpu", "threads": 2, "quant": "none", "model": "m", "commit": "0123456789",
         "weight_bytes": 4 * 10**7, "machine": {"cpu": "X", "isa": "avx2", "llc_bytes": 10**7},
     }  # fmt: skip
     lines = [record, record | {"rows": 2}, record | {"tokens_per_s": 11.04, "gb_per_s": None, "fraction": None}]
@@ -112,9 +112,9 @@ def test_table_shows_the_last_record(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(figures.json.dumps(line) + "\n" for line in lines))
     shown = figures.benchmark_figures(tmp_path).splitlines()
     assert shown[2:5] == [
-        "| m | decode | 0 | 11.0 |  | 25.0 |  | 0123456789 |",
-        "| m | decode, 2 rows | 0 | 10.0 | 20.0 | 25.0 | 80 % | 0123456789 |",
-        "| m | decode, 3 rows | 0 | 10.0 | 20.0 | 25.0 | weights fit in cache | 0123456789 |",
+        "| m | as stored | decode | 0 | 11.0 |  | 25.0 |  | 0123456789 |",
+        "| m | as stored | decode, 2 rows | 0 | 10.0 | 20.0 | 25.0 | 80 % | 0123456789 |",
+        "| m | as stored | decode, 3 rows | 0 | 10.0 | 20.0 | 25.0 | weights fit in cache | 0123456789 |",
     ]
     assert shown[-1] == "Measured on: X, avx2, 2 threads."
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
 from threads import joined, started, until
 
 import flashformer as ff
-from flashformer.engine.slots import Slot, Slots, Turns
+from flashformer.engine.slots import Slot, Slots, Turns, _Lease
+from flashformer.errors import RequestError
 
 IDS = np.arange(8, dtype=np.int32)
 
@@ -169,3 +173,25 @@ def test_an_error_in_a_turn_passes_the_turn_on() -> None:
     threads += started(lambda: turns.take(done.append, 2))
     joined(threads)
     assert sorted(done) == [1, 2]
+
+
+def test_a_slot_whose_holder_is_gone_is_free() -> None:
+    """An interrupt can come between taking a slot and the block that gives it back."""
+    slots = Slots(1, 16, 0.1)
+    lease = _Lease()
+    assert slots.acquire(IDS, 7, lease=lease) is not None
+    with pytest.raises(RequestError):
+        slots.acquire(IDS, 7)
+    del lease
+    assert acquire(slots).index == 0
+
+
+def test_c51_close_in_a_forked_child_waits_for_nobody() -> None:
+    slots, turns = Slots(1, 16, 1.0), Turns()
+    with turns.lock, slots._lock:
+        pid = os.fork()
+        if pid == 0:  # the locks are held by a thread that is not here
+            signal.alarm(5)
+            threading.Thread(target=lambda: (turns.close(), slots.close(), os._exit(0))).start()
+            time.sleep(10)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

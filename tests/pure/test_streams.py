@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -47,8 +46,7 @@ def test_closing_a_stream_cancels_and_frees_its_slot(folder: Path) -> None:
         assert stream.output.token_ids == expected.token_ids[:3]
         assert list(stream) == []
         assert llm.generate(PROMPT, max_tokens=8, ignore_eos=True).token_ids == expected.token_ids
-        next(llm.stream("dropped"))
-        gc.collect()
+        next(llm.stream("dropped"))  # and so free at once
         assert llm.generate("a", max_tokens=1).finish_reason == "length"
 
 
@@ -181,7 +179,6 @@ def test_c53_errors_of_the_caller_free_the_slot(folder: Path) -> None:
 
             with pytest.raises(error):
                 consume()
-            gc.collect()
             assert llm.generate(PROMPT, max_tokens=4, ignore_eos=True).token_ids == expected
 
 
@@ -378,3 +375,25 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on(llm: ff.LLM) -> None:
     assert "forked child" in here.recv()
     child.join()
     assert llm.generate("a", max_tokens=1).finish_reason == "length"
+
+
+def test_a_loop_that_is_left_frees_the_slot(folder: Path) -> None:
+    with load(folder) as llm:
+        for _ in range(3):
+            for piece in llm.stream(PROMPT, max_tokens=8, ignore_eos=True):
+                if piece:
+                    break
+        assert llm.generate(PROMPT, max_tokens=4, ignore_eos=True).finish_reason == "length"
+
+
+def test_a_stream_whose_cache_was_forgotten_says_so(folder: Path) -> None:
+    with load(folder) as llm:
+        expected = llm.generate(PROMPT, max_tokens=6, ignore_eos=True).token_ids
+        with llm.stream(PROMPT, max_tokens=8, ignore_eos=True) as stream:
+            for _ in range(3):
+                next(stream)
+            llm.forget()
+            with pytest.raises(ff.DeviceError, match="something else wrote"):
+                next(stream)
+        again = llm.generate(PROMPT, max_tokens=6, ignore_eos=True)
+        assert (again.cached_tokens, again.token_ids) == (0, expected)

@@ -28,9 +28,11 @@ import numpy as np
 
 from .. import env
 from ..checkpoint.tensor import Stored, Tensor
+from ..formats import NF4
 from ..log import log
 from ..program.ir import Program
 from ..program.pack import PACK_VERSION
+from ..quantize import INT4_STEPS, INT4_ZP_SHARES, NF4_SHARES
 
 MAGIC = b"FFPACK1\n"
 PAGE = 4096
@@ -96,13 +98,13 @@ class PackedFile:
     def write(self, native: Any, region: Any, n_threads: int) -> None:
         """Leaves the file as it was, and says why, where it cannot be written."""
         folder, total = self.path.parent, len(self.header) + self.n_bytes
-        _remove_unused(folder)
-        free = shutil.disk_usage(folder).free
-        if free < total + (1 << 30):
-            log.warning("%s: packed weights need %d bytes, %d are free; not kept", folder, total, free)
-            return
         aside = folder / f"{self.path.stem}.{secrets.token_hex(8)}.tmp"
         try:
+            _remove_unused(folder)
+            free = shutil.disk_usage(folder).free
+            if free < total + (1 << 30):
+                log.warning("%s: packed weights need %d bytes, %d are free; not kept", folder, total, free)
+                return
             self.path.with_suffix(".lock").touch()
             sums = block_sums(native, region, n_threads).astype("<u8").tobytes()
             with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
@@ -167,6 +169,7 @@ def key(program: Program, weights: Mapping[str, Tensor]) -> dict[str, Any] | Non
         return None
     return {
         "version": PACK_VERSION,
+        "quantizer": [float(x) for table in (INT4_STEPS, INT4_ZP_SHARES, NF4_SHARES, NF4) for x in table],
         "weights_bytes": program.memory.weights_bytes,
         "embed_format": program.target.weight_format.name,
         "embed_offset": program.embed_offset,
@@ -248,4 +251,5 @@ def _remove_unused(folder: Path) -> None:
     for path, last in used.items():
         limit = UNUSED_S if path.suffix == SUFFIX else 24 * 3600.0
         if max(used.values()) - last > limit:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()

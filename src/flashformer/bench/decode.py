@@ -228,4 +228,5 @@ def fill(llm: LLM, slot: int, ids: NDArray[np.int32], want: Want = Want.NOTHING)
         rows.want[:n] = Want.NOTHING
         if begin + n == len(ids):
             rows.want[n - 1] = want
+            rows.temperature[n - 1] = rows.adjust_begin[n - 1] = rows.adjust_end[n - 1] = 0
         llm.kernel.forward(n)

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from ..model.spec import MAX_HEAD_DIM, QkNorm
 from ..program.ir import LANES, MAX_HEAD_ROWS, Op, Order, PackedMatrix, Phase, Program, Space
-from ..program.memory import branches, head_dim_padded, layer_kv_elements, rope_offsets, scratch_bytes
+from ..program.memory import branches, head_dim_padded, input_stride, layer_kv_elements, rope_offsets, scratch_bytes
 from ..program.ops import EMBED_BLOCK, OPS, attend_units, n_chunks, qkv_width
 from ..program.pack import row_map
 from .facts import Finding, phase_name, task_name
@@ -134,6 +134,8 @@ def _matrices(program: Program) -> Iterator[str]:
             yield f"{name}: weights in {matrix.format.name}, expected {wanted.name}"
         if matrix.vectors not in TILE_VECTORS:
             yield f"{name}: {matrix.vectors} vectors per tile, expected one of {TILE_VECTORS}"
+        if matrix.k_padded > input_stride(program.spec):
+            yield f"{name}: rows of {matrix.k_padded} elements, but inputs lie {input_stride(program.spec)} apart"
         if phase.op is Op.GATE_UP and matrix.vectors % 2:
             yield f"{name}: {matrix.vectors} vectors per tile, expected an even number: gate beside up"
         if matrix.order is not (order := Order.ALTERNATE if phase.op is Op.GATE_UP else Order.PLAIN):

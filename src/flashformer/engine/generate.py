@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from inspect import GEN_RUNNING, getgeneratorstate
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Kernel, Want
-from ..errors import RequestError
+from ..errors import DeviceError, RequestError
 from .adjust import Adjustments
 from .forward import run_prompt
 from .logprobs import TokenLogprobs, token_logprobs
@@ -58,6 +59,8 @@ def token_loop(
         return result()
 
     def run_token(last_token: int, at: int) -> int:
+        if slot.n != at:
+            raise DeviceError("something else wrote to the cache of this request (`forget`): ask again")
         token[0], slots[0], pos[0] = last_token, index, at
         put(0)
         forward(1)
@@ -91,6 +94,20 @@ class Piece(NamedTuple):
     logprobs: TokenLogprobs | None = None  # where asked for
 
 
+@dataclass
+class _Answer:
+    """What there is of an answer so far."""
+
+    ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    step_ns: list[int] = field(default_factory=list)
+    ttft_ns: int = 0
+    cached: int = 0
+    stop: str | None = None
+    cancelled: bool = False
+
+
 class Stream(Iterator[Piece]):
     """Pieces of one answer as they are made.
 
@@ -114,17 +131,10 @@ class Stream(Iterator[Piece]):
     ) -> None:
         self._request = request
         self._slots = slots
-        self._tokenizer = tokenizer
         self._step_bytes = step_bytes  # read by a token, of its number of positions
-        self._ids: list[int] = []
-        self._texts: list[str] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._step_ns: list[int] = []
-        self._ttft_ns = 0
-        self._cached = 0
-        self._stop: str | None = None
-        self._cancelled = False
-        self._pieces = self._run(kernel, turns, chunk, encode_ns)
+        self._answer = answer = _Answer()
+        # The generator does not know the stream, so that dropping this one ends that one and frees the slot at once.
+        self._pieces = _pieces(answer, kernel, turns, slots, request, chunk, tokenizer, encode_ns)
 
     def __iter__(self) -> Stream:
         return self
@@ -136,7 +146,7 @@ class Stream(Iterator[Piece]):
             if getgeneratorstate(self._pieces) == GEN_RUNNING:
                 raise RequestError("another thread is taking a piece of this stream: take turns") from None
             raise
-        if self._cancelled:  # by another thread, while this one was inside
+        if self._answer.cancelled:  # by another thread, while this one was inside
             self._pieces.close()
         return piece
 
@@ -147,7 +157,7 @@ class Stream(Iterator[Piece]):
         self.close()
 
     def close(self) -> None:
-        self._cancelled = True
+        self._answer.cancelled = True
         try:
             self._pieces.close()
         except ValueError:  # another thread is inside: it sees the flag after its forward, or when it wakes
@@ -155,72 +165,80 @@ class Stream(Iterator[Piece]):
 
     @property
     def finish_reason(self) -> str:
-        ids = self._ids
-        if self._stop is not None or (ids and ids[-1] in self._request.stop_ids):
+        ids = self._answer.ids
+        if self._answer.stop is not None or (ids and ids[-1] in self._request.stop_ids):
             return "stop"
         return "length" if len(ids) == self._request.max_tokens else "cancelled"
 
     @property
     def output(self) -> Output:
         first = len(self._request.ids) + 1  # positions that the second token reads
-        n_bytes = sum(map(self._step_bytes, range(first, first + len(self._step_ns))))
+        n_bytes = sum(map(self._step_bytes, range(first, first + len(self._answer.step_ns))))
         return Output(
-            text="".join(self._texts),
-            token_ids=list(self._ids),
+            text="".join(self._answer.texts),
+            token_ids=list(self._answer.ids),
             prompt_token_ids=self._request.ids.tolist(),
             seed=self._request.seed,
             finish_reason=self.finish_reason,
-            timing=make_timing(self._ttft_ns, self._step_ns, n_bytes),
-            logprobs=None if self._request.logprobs is None else list(self._logprobs),
-            cached_tokens=self._cached,
-            stop=self._stop,
+            timing=make_timing(self._answer.ttft_ns, self._answer.step_ns, n_bytes),
+            logprobs=None if self._request.logprobs is None else list(self._answer.logprobs),
+            cached_tokens=self._answer.cached,
+            stop=self._answer.stop,
         )
 
-    def _run(self, kernel: Kernel, turns: Turns, chunk: int, encode_ns: int) -> Generator[Piece, None, None]:
-        request, ids, texts, clock, me = self._request, self._ids, self._texts, perf_counter_ns, threading.get_ident
-        stop_ids, n_top, logprobs = request.stop_ids, request.logprobs, None
-        logits = None if n_top is None else np.empty(kernel.program.spec.vocab_size, np.float32)
-        text_stream = self._tokenizer.stream() if self._tokenizer is not None else _NoText()
-        detokenize, finder = text_stream.step, StopFinder(request.stops) if request.stops else None
-        record = self._step_ns.append
-        begin = clock() - encode_ns
-        with self._slots.taken(request.ids, len(request.ids) - 1, self._is_cancelled) as slot:
-            if slot is None:
-                return
-            self._cached = slot.n
-            for new in token_loop(kernel, turns, slot, request, chunk, logits):
-                if self._cancelled:
-                    return
-                if new < 0:
-                    continue
-                text = "" if new in stop_ids else detokenize(new) or ""
-                if finder is not None:
-                    text, self._stop = finder.feed(text)
-                if logits is not None and n_top is not None:
-                    logprobs = token_logprobs(logits, new, n_top)
-                    self._logprobs.append(logprobs)
-                ids.append(new)
-                texts.append(text)
-                now = clock()
-                if self._ttft_ns:
-                    record(now - begin)
-                else:
-                    self._ttft_ns = now - begin
-                yield Piece(text, new, logprobs)
-                if self._stop is not None:
-                    return
-                slot.owner = me()
-                begin = clock()
-        rest = text_stream.finish() or ""
-        if finder is not None:
-            rest, self._stop = finder.feed(rest)
-            rest += finder.rest()
-        if rest:
-            texts.append(rest)
-            yield Piece(rest, None)
 
-    def _is_cancelled(self) -> bool:
-        return self._cancelled
+def _pieces(
+    answer: _Answer,
+    kernel: Kernel,
+    turns: Turns,
+    slots: Slots,
+    request: Request,
+    chunk: int,
+    tokenizer: Tokenizer | None,
+    encode_ns: int,
+) -> Generator[Piece, None, None]:
+    """The pieces of a stream, noted in `answer` as they are made."""
+    ids, texts, clock, me = answer.ids, answer.texts, perf_counter_ns, threading.get_ident
+    stop_ids, n_top, logprobs = request.stop_ids, request.logprobs, None
+    logits = None if n_top is None else np.empty(kernel.program.spec.vocab_size, np.float32)
+    text_stream = tokenizer.stream() if tokenizer is not None else _NoText()
+    detokenize, finder = text_stream.step, StopFinder(request.stops) if request.stops else None
+    record = answer.step_ns.append
+    begin = clock() - encode_ns
+    with slots.taken(request.ids, len(request.ids) - 1, lambda: answer.cancelled) as slot:
+        if slot is None:
+            return
+        answer.cached = slot.n
+        for new in token_loop(kernel, turns, slot, request, chunk, logits):
+            if answer.cancelled:
+                return
+            if new < 0:
+                continue
+            text = "" if new in stop_ids else detokenize(new) or ""
+            if finder is not None:
+                text, answer.stop = finder.feed(text)
+            if logits is not None and n_top is not None:
+                logprobs = token_logprobs(logits, new, n_top)
+                answer.logprobs.append(logprobs)
+            ids.append(new)
+            texts.append(text)
+            now = clock()
+            if answer.ttft_ns:
+                record(now - begin)
+            else:
+                answer.ttft_ns = now - begin
+            yield Piece(text, new, logprobs)
+            if answer.stop is not None:
+                return
+            slot.owner = me()
+            begin = clock()
+    rest = text_stream.finish() or ""
+    if finder is not None:
+        rest, answer.stop = finder.feed(rest)
+        rest += finder.rest()
+    if rest:
+        texts.append(rest)
+        yield Piece(rest, None)
 
 
 def run_out(stream: Stream) -> Output:

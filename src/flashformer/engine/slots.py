@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
@@ -18,6 +19,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LOOK_S = 0.05  # a thread in line looks at its place so often even if nobody wakes it
+LOOK_AGAIN_S = 1.0  # a request that waits for a slot looks so often for one whose holder is gone
 NESTED_S = 5.0  # a thread that holds all slots itself waits so long for another thread to go on with one of them
 
 
@@ -65,6 +67,9 @@ class Turns:
 
     def close(self) -> bool:
         """Waits for the forward that runs and refuses all later ones. False if that was done before."""
+        if os.getpid() != self._pid:  # a fork may have copied the lock while it was held: nobody here gives it back
+            first, self._closed = not self._closed, True
+            return first
         with self.lock:
             first, self._closed = not self._closed, True
             return first
@@ -104,10 +109,16 @@ class Turns:
             self._line[0].release()
 
 
+class _Lease:
+    """Held by the frame of whoever holds a slot."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Slot:
     """The KV cache of one sequence, and the token ids that it holds: `ids[:n]` at positions 0 to n - 1."""
 
-    __slots__ = ("ids", "index", "n", "n_slots", "owner", "used")
+    __slots__ = ("ids", "index", "lease", "n", "n_slots", "owner", "used")
 
     def __init__(self, index: int, n_slots: int, ctx: int) -> None:
         self.index = index
@@ -115,7 +126,12 @@ class Slot:
         self.ids: NDArray[np.int32] = np.zeros(ctx, np.int32)
         self.n = 0
         self.owner: int | None = None  # thread that took it, or last went on with its sequence; None: free
+        self.lease: weakref.ref[_Lease] | None = None  # dead: whoever took it is gone without a word
         self.used = 0  # grows with every release; 0: holds nothing worth keeping
+
+    @property
+    def is_free(self) -> bool:
+        return self.owner is None or (self.lease is not None and self.lease() is None)
 
     def shared(self, ids: NDArray[np.int32]) -> int:
         """How many tokens at the beginning of `ids` the cache holds."""
@@ -139,6 +155,7 @@ class Slots:
     def __init__(self, n: int, ctx: int, wait_s: float) -> None:
         self._slots = [Slot(i, n, ctx) for i in range(n)]
         self._wait_s = wait_s
+        self._pid = os.getpid()
         self._lock = threading.RLock()  # reentrant: a finalizer may release at any point
         self._changed = threading.Condition(self._lock)
         self._line: list[object] = []
@@ -150,7 +167,8 @@ class Slots:
         self, ids: NDArray[np.int32], reusable: int, cancelled: Callable[[], bool] = lambda: False
     ) -> Generator[Slot | None, None, None]:
         """`acquire`, and `release` at the end. An error of the kernel makes the slot forget what it held."""
-        slot = self.acquire(ids, reusable, cancelled)
+        lease = _Lease()
+        slot = self.acquire(ids, reusable, cancelled, lease)
         try:
             yield slot
         except FlashformerError:
@@ -162,13 +180,18 @@ class Slots:
                 self.release(slot)
 
     def acquire(
-        self, ids: NDArray[np.int32], reusable: int, cancelled: Callable[[], bool] = lambda: False
+        self,
+        ids: NDArray[np.int32],
+        reusable: int,
+        cancelled: Callable[[], bool] = lambda: False,
+        lease: _Lease | None = None,
     ) -> Slot | None:
         """A free slot for a prompt; its `n` first tokens, `reusable` at most, are in its cache already.
 
         The slot whose cached tokens share the longest prefix with the prompt, unless more of what it holds would be
-        lost than is shared; then the least recently used. None if `cancelled` becomes true (see `wake`). Raises
-        RequestError if no slot can become free, DeviceError after close.
+        lost than is shared; then the least recently used. With a `lease` it is free again when nobody holds that any
+        more: an interrupt may come before `release` can be called. None if `cancelled` becomes true (see `wake`).
+        Raises RequestError if no slot can become free, DeviceError after close.
         """
         me, place, begin = threading.get_ident(), object(), time.monotonic()
         nested_since: float | None = None
@@ -180,7 +203,7 @@ class Slots:
                         raise DeviceError("the model is closed: load it again")
                     if cancelled():
                         return None
-                    free = [slot for slot in self._slots if slot.owner is None]
+                    free = [slot for slot in self._slots if slot.is_free]
                     if free and self._line[0] is place:
                         break
                     now = time.monotonic()
@@ -188,9 +211,10 @@ class Slots:
                     nested_since = (nested_since or now) if nested else None
                     self._refuse_endless(now - begin, None if nested_since is None else now - nested_since)
                     left = self._wait_s - (now - begin)
-                    self._changed.wait(max(0.0, min(left, NESTED_S / 10 if nested else left)))
+                    self._changed.wait(max(0.0, min(left, NESTED_S / 10 if nested else LOOK_AGAIN_S)))
                 slot = _best(free, ids)
-                slot.n, slot.owner = min(slot.shared(ids), reusable), me
+                slot.n, slot.lease = min(slot.shared(ids), reusable), None if lease is None else weakref.ref(lease)
+                slot.owner = me
                 return slot
             finally:
                 self._line.remove(place)
@@ -199,7 +223,7 @@ class Slots:
     def release(self, slot: Slot) -> None:
         with self._lock:
             self._releases += 1
-            slot.owner, slot.used = None, self._releases if slot.n else 0
+            slot.owner, slot.lease, slot.used = None, None, self._releases if slot.n else 0
             self._changed.notify_all()
 
     def wake(self) -> None:
@@ -215,6 +239,9 @@ class Slots:
 
     def close(self) -> None:
         """Refuses all later requests and wakes those that wait."""
+        if os.getpid() != self._pid:  # see Turns.close
+            self._closed = True
+            return
         with self._lock:
             self._closed = True
             self._changed.notify_all()

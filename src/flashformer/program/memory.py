@@ -8,6 +8,7 @@ from .lower import padded
 from .ops import n_chunks, qkv_width
 from .split import tile_vectors
 
+MOST_K_MULTIPLE = 128  # of the formats: inputs of products are padded to whole groups in place
 SCORE_ROWS = 4  # (row, head) pairs that attention takes at once
 
 
@@ -29,8 +30,11 @@ def layer_kv_elements(layer: LayerSpec, target: Target) -> int:
 
 
 def input_stride(spec: ModelSpec) -> int:
-    """Elements between rows of a product's input; no power of two, so that rows fall into different cache sets."""
-    return max([padded(spec.d_model), *(padded(max(la.q_width, la.d_ff)) for la in spec.layers)]) + 2 * LANES
+    """Elements between rows of a product's input: room for whole groups of any format, and no power of two, so that
+    rows fall into different cache sets.
+    """
+    longest = max([spec.d_model, *(max(la.q_width, la.d_ff) for la in spec.layers)])
+    return -(-longest // MOST_K_MULTIPLE) * MOST_K_MULTIPLE + 2 * LANES
 
 
 def group_stride(spec: ModelSpec) -> int:
