@@ -145,6 +145,8 @@ class Stream(Iterator[Piece]):
         except ValueError:
             if getgeneratorstate(self._pieces) == GEN_RUNNING:
                 raise RequestError("another thread is taking a piece of this stream: take turns") from None
+            if self._answer.cancelled:  # the other thread was inside `close`, and is done
+                raise StopIteration from None
             raise
         if self._answer.cancelled:  # by another thread, while this one was inside
             self._pieces.close()
