@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import resource
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from tokenizer_kinds import KINDS
 from transformers import AutoTokenizer
 
 from flashformer import LoadError, RequestError
-from flashformer.checkpoint.account import TIME_S
+from flashformer.checkpoint.account import TIME_S, Account, LimitError, collections
 from flashformer.checkpoint.template import OUTPUT_CHARS, OUTPUT_PER_INPUT, ChatTemplate
 from flashformer.checkpoint.tokenizer import load_tokenizer
 
@@ -343,3 +345,18 @@ def test_sources(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "default"}]}))
     with pytest.raises(LoadError, match="chat_template"):
         load_tokenizer(tmp_path)
+
+
+def test_the_garbage_collector_counts_for_nobody() -> None:
+    """In a large process one collection can take longer than a template may."""
+    began, garbage = collections.spent, [[] for _ in range(300_000)]
+    charged = Account(1000)
+    while collections.spent - began < 1.5 * TIME_S:
+        gc.collect()
+    charged.tick()
+    end = time.thread_time() + 1.5 * TIME_S
+    while time.thread_time() < end:
+        pass
+    with pytest.raises(LimitError, match="ran for more than"):
+        charged.tick()
+    assert garbage
