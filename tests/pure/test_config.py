@@ -91,7 +91,7 @@ def refused(config: dict[str, Any], *words: str, generation: dict[str, Any] | No
         ({"rope_theta": "1e4"}, ("rope_theta",)),
     ],
 )
-def test_a15_a16_keys_refused_by_name(change: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_a15_a16_a17_keys_refused_by_name(change: dict[str, Any], words: tuple[str, ...]) -> None:
     refused({**LLAMA, **change}, *words)
 
 
@@ -202,7 +202,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ({"model.norm.weight": torch.ones(48, 1)}, {}, ("found (48, 1)", "(48,)")),
     ],
 )
-def test_a9_tensors(folder: Path, change: Any, config: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_a09_tensors(folder: Path, change: Any, config: dict[str, Any], words: tuple[str, ...]) -> None:
     edit(folder, change, config)
     with pytest.raises(LoadError) as caught:
         load_model(folder)
@@ -210,7 +210,7 @@ def test_a9_tensors(folder: Path, change: Any, config: dict[str, Any], words: tu
         assert word in str(caught.value)
 
 
-def test_a9_ignored_tensors(folder: Path) -> None:
+def test_a09_ignored_tensors(folder: Path) -> None:
     before = load_model(folder)
     edit(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     assert load_model(folder).weights.keys() == before.weights.keys()
@@ -262,7 +262,7 @@ def test_a_plan_without_tensors_takes_the_stated_dtype(tmp_path: Path, fmt: Form
 FUSED = "model.layers.1.self_attn.qkv_proj.weight"
 
 
-def test_a9_fused_tensors(tmp_path: Path) -> None:
+def test_a09_fused_tensors(tmp_path: Path) -> None:
     """The whole tensor is checked, named once, and its parts are views of the file."""
     write_folder(tmp_path, PHI3, F32)
     whole = load_file(tmp_path / "model.safetensors")[FUSED].numpy()
