@@ -2,8 +2,9 @@
 //
 // A lane owns an output, the activation is broadcast, and every sum walks k from 0 upwards whatever the number of
 // rows, so a row's bits do not depend on its company. A tile (vectors * 16 outputs, all of k) is cut into blocks of
-// k that stay in the first-level cache while all rows pass over them; sums rest in scratch between blocks.
-// While a block is computed, the block that this worker reads next is prefetched, across tiles and phases.
+// k that stay in the first-level cache while all rows pass over them, a few at once; sums rest in scratch between
+// blocks. While a block is computed, the block that this worker reads next is prefetched, across tiles and phases, in
+// order and at an even pace: every pass takes its share.
 #pragma once
 
 #include "../forward.h"
@@ -50,10 +51,16 @@ struct WeightsBf16Dot {  // bf16 weights x bf16 activations, by the dot-product 
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) { return V::dot_bf16(sum, w, x); }
 };
 
-// VS vectors of R rows over `steps` steps. w: first vector of the first step; a step is tile_step bytes long.
-template <class V, class W, int VS, int R>
-inline void product_block(float* sums, const char* w, int64_t tile_step, const typename W::X* x, int64_t x_stride,
-                          int64_t steps, const char* ahead) {
+// What a pass prefetches: for every 64 bytes that it reads, the line `line` bytes further on.
+struct Ahead {
+  const char* at;
+  int64_t line;  // 64 / passes, rounded up
+};
+
+// VS vectors of R rows over `steps` steps of TILE vectors. w: first vector of the first step.
+template <class V, class W, int TILE, int VS, int R>
+inline void product_block(float* sums, const char* w, const typename W::X* x, int64_t x_stride, int64_t steps,
+                          Ahead ahead) {
   typename V::F sum[R][VS];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < VS; ++v) sum[r][v] = V::load(sums + r * kPad + v * kLanes);
@@ -62,14 +69,14 @@ inline void product_block(float* sums, const char* w, int64_t tile_step, const t
     typename V::Raw weight[VS];
     for (int v = 0; v < VS; ++v) {
       weight[v] = V::load_raw(w + v * 64);
-      V::prefetch(ahead + v * 64);
+      V::prefetch(ahead.at + v * ahead.line);
     }
     for (int r = 0; r < R; ++r) {
       const typename W::X* xs = x + r * x_stride + s * W::kGroup;
       for (int v = 0; v < VS; ++v) sum[r][v] = W::add(sum[r][v], weight[v], xs);
     }
-    w += tile_step;
-    ahead += tile_step;
+    w += TILE * 64;
+    ahead.at += TILE * ahead.line;
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < VS; ++v) V::store(sums + r * kPad + v * kLanes, sum[r][v]);
@@ -86,47 +93,46 @@ struct Plain : P {
 
   template <int TILE, int R>
   static void rows(const Phase&, float* sums, const char* w, const Input<X>& in, int64_t row, int64_t group,
-                   int64_t groups, const char* ahead) {
+                   int64_t groups, Ahead ahead) {
     constexpr int most = R == 1 ? V::kVectorsOneRow : V::kVectorsManyRows;
     constexpr int VS = TILE < most ? TILE : most;
     const X* x = in.x + row * in.stride + group * P::kGroup;
     for (int v = 0; v < TILE; v += VS) {
-      product_block<V, P, VS, R>(sums + v * kLanes, w + v * 64, TILE * 64, x, in.stride, groups, ahead + v * 64);
+      product_block<V, P, TILE, VS, R>(sums + v * kLanes, w + v * 64, x, in.stride, groups,
+                                       {ahead.at + v * ahead.line, ahead.line});
     }
   }
 };
 
-template <class V, class W, int TILE, class In>
-inline void remaining_rows(const Phase& phase, int64_t rows, float* sums, const char* w, const In& in, int64_t row,
-                           int64_t group, int64_t groups, const char* ahead) {
-  if constexpr (W::kRowsAtOnce > 4) {
-    if (rows == 5) return W::template rows<TILE, 5>(phase, sums, w, in, row, group, groups, ahead);
-    if (rows == 4) return W::template rows<TILE, 4>(phase, sums, w, in, row, group, groups, ahead);
+// Rows [row, row + rows) of a block, 1 <= rows <= R.
+template <class V, class W, int TILE, int R, class In>
+inline void rows_at_once(const Phase& phase, int64_t rows, float* sums, const char* w, const In& in, int64_t row,
+                         int64_t group, int64_t groups, Ahead ahead) {
+  if constexpr (R > 1) {
+    if (rows < R) return rows_at_once<V, W, TILE, R - 1>(phase, rows, sums, w, in, row, group, groups, ahead);
   }
-  if constexpr (W::kRowsAtOnce > 2) {
-    if (rows == 3) return W::template rows<TILE, 3>(phase, sums, w, in, row, group, groups, ahead);
-    if (rows == 2) return W::template rows<TILE, 2>(phase, sums, w, in, row, group, groups, ahead);
-  }
-  if (rows == 1) return W::template rows<TILE, 1>(phase, sums, w, in, row, group, groups, ahead);
+  W::template rows<TILE, R>(phase, sums, w, in, row, group, groups, ahead);
 }
 
 // One tile for all rows. `next`: where this worker reads after this tile.
 template <class V, class W, int TILE, class In>
 void product_tile(const Phase& phase, float* sums, const char* w, const In& in, int64_t n_rows, const char* next) {
   constexpr int R = W::kRowsAtOnce;
+  const int64_t passes = (n_rows + R - 1) / R, line = (64 + passes - 1) / passes;
   const int64_t all = phase.tile_bytes / phase.group_bytes;
-  const int64_t most = (n_rows <= R ? kBlockBytes : 4 * kBlockBytes) / phase.group_bytes, at_once = most > 0 ? most : 1;
+  const int64_t most = (passes == 1 ? kBlockBytes : kBlockBytesManyRows) / phase.group_bytes;
+  const int64_t at_once = most > 0 ? most : 1;
   for (int64_t i = 0; i < n_rows * kPad; i += kLanes) V::store(sums + i, V::zero());
   for (int64_t g = 0; g < all; g += at_once) {
-    const int64_t count = all - g < at_once ? all - g : at_once;
+    const int64_t count = all - g < at_once ? all - g : at_once, bytes = count * phase.group_bytes;
     const char* block = w + g * phase.group_bytes;
-    const char* ahead = g + count < all ? block + count * phase.group_bytes : next;
-    int64_t r = 0;
-    for (; r + R <= n_rows; r += R) {
-      W::template rows<TILE, R>(phase, sums + r * kPad, block, in, r, g, count, ahead);
-      ahead = block;  // later rows find everything in the cache
+    const char* ahead = g + count < all ? block + bytes : next;
+    for (int64_t pass = 0, r = 0; pass < passes; ++pass) {
+      const int64_t left = passes - pass, rows = (n_rows - r + left - 1) / left;
+      rows_at_once<V, W, TILE, R>(phase, rows, sums + r * kPad, block, in, r, g, count,
+                                  {ahead + pass * bytes / passes, line});
+      r += rows;
     }
-    remaining_rows<V, W, TILE>(phase, n_rows - r, sums + r * kPad, block, in, r, g, count, ahead);
   }
 }
 

@@ -12,6 +12,7 @@
 #include "../forward.h"
 #include "input.h"
 #include "math.h"
+#include "product.h"
 
 namespace flashformer {
 
@@ -113,6 +114,16 @@ inline QuantBlock quant_block(const Phase& phase, const char* group, int64_t til
   return {group + vector * 32, zeros, group + phase.group_bytes - codes_bytes + vector * 64};
 }
 
+// Of a group whose first lines are scales and zeros; gives where its codes are prefetched.
+template <class V>
+inline const char* prefetch_scales(const Phase& phase, int64_t codes_bytes, int64_t vector, const char* fetch,
+                                   int64_t line) {
+  for (int64_t at = codes_bytes; at < phase.group_bytes; at += 64, fetch += line) {
+    if (vector == 0) V::prefetch(fetch);
+  }
+  return fetch;
+}
+
 // Half H of a step, four k: codes are taken out once for all rows.
 template <class V, class C, int H, int VS, int R>
 inline void four_k(typename V::I (&acc)[R][VS], const typename V::Raw (&weight)[VS], const int8_t* const (&x)[R],
@@ -127,7 +138,7 @@ inline void four_k(typename V::I (&acc)[R][VS], const typename V::Raw (&weight)[
 // VS vectors of R rows over `groups` groups.
 template <class V, template <class> class Codes, int TILE, int VS, int R>
 inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_t vector, const QuantInput& in,
-                          int64_t row, int64_t first_group, int64_t groups, const char* ahead) {
+                          int64_t row, int64_t first_group, int64_t groups, Ahead ahead) {
   using C = Codes<V>;
   const int64_t steps = phase.scale_group / C::kStep, codes_bytes = steps * TILE * 64;
   constexpr bool in_registers = R * VS <= 8;  // the sums over groups, beside those within one
@@ -137,10 +148,10 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
       if constexpr (in_registers) total[r][v] = V::load(sums + r * kPad + v * kLanes);
     }
   }
-  for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes, ahead += phase.group_bytes) {
+  const char* fetch = ahead.at;
+  for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes) {
     const QuantBlock block = quant_block(phase, w, TILE, vector, codes_bytes);
-    const char* fetch = ahead + (block.codes - w);
-    if (vector == 0) V::prefetch(ahead);
+    fetch = prefetch_scales<V>(phase, codes_bytes, vector, fetch, ahead.line);
     const int8_t* x[R];
     typename V::I acc[R][VS];
     for (int r = 0; r < R; ++r) {
@@ -155,11 +166,11 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
       }
     }
     const char* codes = block.codes;
-    for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, fetch += TILE * 64) {
+    for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, fetch += TILE * ahead.line) {
       typename V::Raw weight[VS];
       for (int v = 0; v < VS; ++v) {
         weight[v] = V::load_raw(codes + v * 64);
-        V::prefetch(fetch + v * 64);
+        V::prefetch(fetch + (vector + v) * ahead.line);
       }
       four_k<V, C, 0>(acc, weight, x, s * C::kStep);
       if constexpr (C::kStep == 8) four_k<V, C, 1>(acc, weight, x, s * C::kStep + 4);
@@ -198,13 +209,13 @@ inline void wide_bytes(typename V::F (&part)[R], typename V::Raw bytes, typename
 
 template <class V, template <class> class Codes, int TILE, int R>
 inline void wide_groups(const Phase& phase, float* sums, const char* w, int64_t vector, const Input<float>& in,
-                        int64_t row, int64_t first_group, int64_t groups, const char* ahead) {
+                        int64_t row, int64_t first_group, int64_t groups, Ahead ahead) {
   using C = Codes<V>;
   const int64_t steps = phase.scale_group / C::kStep, codes_bytes = steps * TILE * 64;
-  for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes, ahead += phase.group_bytes) {
+  const char* fetch = ahead.at;
+  for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes) {
     const QuantBlock block = quant_block(phase, w, TILE, vector, codes_bytes);
-    const char* fetch = ahead + (block.codes - w);
-    if (vector == 0) V::prefetch(ahead);
+    fetch = prefetch_scales<V>(phase, codes_bytes, vector, fetch, ahead.line);
     const typename V::F zero = block.zeros ? V::to_f32(V::load_u8(block.zeros)) : V::set1(C::kZero);
     const float* x[R];
     typename V::F part[R];
@@ -213,9 +224,9 @@ inline void wide_groups(const Phase& phase, float* sums, const char* w, int64_t 
       part[r] = V::zero();
     }
     const char* codes = block.codes;
-    for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, fetch += TILE * 64) {
+    for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, fetch += TILE * ahead.line) {
       const typename V::Raw raw = V::load_raw(codes);
-      V::prefetch(fetch);
+      V::prefetch(fetch + vector * ahead.line);
       wide_bytes<V, R>(part, C::template bytes<0>(raw), zero, x, s * C::kStep);
       if constexpr (C::kStep == 8) wide_bytes<V, R>(part, C::template bytes<1>(raw), zero, x, s * C::kStep + 4);
     }
@@ -246,7 +257,7 @@ struct QuantNarrow {
 
   template <int TILE, int R>
   static void rows(const Phase& phase, float* sums, const char* w, const QuantInput& in, int64_t row, int64_t group,
-                   int64_t groups, const char* ahead) {
+                   int64_t groups, Ahead ahead) {
     constexpr int most = V::quant_vectors(R);
     constexpr int VS = TILE < most ? TILE : most;
     for (int v = 0; v < TILE; v += VS) {
@@ -275,7 +286,7 @@ struct QuantWide {
 
   template <int TILE, int R>
   static void rows(const Phase& phase, float* sums, const char* w, const Input<float>& in, int64_t row, int64_t group,
-                   int64_t groups, const char* ahead) {
+                   int64_t groups, Ahead ahead) {
     for (int v = 0; v < TILE; ++v) {
       wide_groups<V, Codes, TILE, R>(phase, sums + v * kLanes, w, v, in, row, group, groups, ahead);
     }
