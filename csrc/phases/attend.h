@@ -113,7 +113,7 @@ inline void weigh_values(const Forward& forward, const Query* query, const typen
 template <class V, class KV, int P>
 inline void attend_queries(Worker& worker, const Phase& phase, const Query* query, const typename KV::T* keys,
                            const typename KV::T* values) {
-  constexpr int B = P == 1 ? 4 : 2;
+  constexpr int B = P == 1 ? 4 : V::kKeyBlocksAtOnce;
   const Forward& forward = *worker.forward;
   float* scores = worker.scores();
   const typename V::F scale = V::set1(static_cast<float>(phase.attention_scale));

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../forward.h"
+#include "../simd/at_once.h"
 #include "input.h"
 
 namespace flashformer {
@@ -17,6 +18,7 @@ template <class V>
 struct WeightsF32 {  // fp32 weights x fp32 activations
   using X = float;
   static constexpr int kGroup = 1;
+  static constexpr AtOnce kAtOnce = V::kPlain;
   static constexpr Format kFormat = Format::kF32;
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) {
     return V::fma(V::as_f32(w), V::set1(x[0]), sum);
@@ -27,6 +29,7 @@ template <class V>
 struct WeightsBf16 {  // bf16 weights x fp32 activations
   using X = float;
   static constexpr int kGroup = 2;
+  static constexpr AtOnce kAtOnce = V::kWidened;
   static constexpr Format kFormat = Format::kBf16;
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) {
     return V::fma(V::odd_bf16(w), V::set1(x[1]), V::fma(V::even_bf16(w), V::set1(x[0]), sum));
@@ -37,6 +40,7 @@ template <class V>
 struct WeightsF16 {  // f16 weights x fp32 activations
   using X = float;
   static constexpr int kGroup = 2;
+  static constexpr AtOnce kAtOnce = V::kWidened;
   static constexpr Format kFormat = Format::kF16;
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) {
     return V::fma(V::odd_f16(w), V::set1(x[1]), V::fma(V::even_f16(w), V::set1(x[0]), sum));
@@ -47,6 +51,7 @@ template <class V>
 struct WeightsBf16Dot {  // bf16 weights x bf16 activations, by the dot-product instruction
   using X = uint16_t;
   static constexpr int kGroup = 2;
+  static constexpr AtOnce kAtOnce = V::kPlain;
   static constexpr Format kFormat = Format::kBf16;
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) { return V::dot_bf16(sum, w, x); }
 };
@@ -87,15 +92,14 @@ inline void product_block(float* sums, const char* w, const typename W::X* x, in
 template <class V, class P>
 struct Plain : P {
   using X = typename P::X;
-  static constexpr int kRowsAtOnce = V::kRowsAtOnce;
+  static constexpr int kRowsAtOnce = P::kAtOnce.rows;
 
   static Input<X> take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return rows; }
 
   template <int TILE, int R>
   static void rows(const Phase&, float* sums, const char* w, const Input<X>& in, int64_t row, int64_t group,
                    int64_t groups, Ahead ahead) {
-    constexpr int most = R == 1 ? V::kVectorsOneRow : V::kVectorsManyRows;
-    constexpr int VS = TILE < most ? TILE : most;
+    constexpr int VS = P::kAtOnce.vectors_of(TILE, R);
     const X* x = in.x + row * in.stride + group * P::kGroup;
     for (int v = 0; v < TILE; v += VS) {
       product_block<V, P, TILE, VS, R>(sums + v * kLanes, w + v * 64, x, in.stride, groups,

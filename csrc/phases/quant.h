@@ -54,6 +54,7 @@ inline void quantize_row(const float* x, int64_t n, int64_t group, int8_t* out, 
 // in each byte, H = 1 for the second half of a step of nibbles; `dot` takes these.
 template <class V>
 struct CodesInt8 {
+  static constexpr AtOnce kAtOnce = V::kCodes;
   static constexpr int64_t kStep = 4;
   static constexpr int kBias = V::kByteBias;  // what `dot` takes codes to be off by
   static typename V::I dot(typename V::I acc, typename V::Raw bytes, const int8_t* x) {
@@ -68,6 +69,7 @@ struct CodesInt8 {
 
 template <class V>
 struct CodesInt4 {
+  static constexpr AtOnce kAtOnce = V::kCodes;
   static constexpr int64_t kStep = 8;
   static constexpr int kBias = 8;
   static typename V::I dot(typename V::I acc, typename V::Raw bytes, const int8_t* x) {
@@ -82,6 +84,7 @@ struct CodesInt4 {
 
 template <class V>
 struct CodesNf4 {
+  static constexpr AtOnce kAtOnce = V::kLookups;
   static constexpr int64_t kStep = 8;
   static constexpr int kBias = V::kByteBias;
   static typename V::I dot(typename V::I acc, typename V::Raw bytes, const int8_t* x) {
@@ -241,7 +244,8 @@ inline void wide_groups(const Phase& phase, float* sums, const char* w, int64_t 
 template <class V, template <class> class Codes>
 struct QuantNarrow {
   using X = float;
-  static constexpr int kRowsAtOnce = V::kQuantRowsAtOnce;
+  static constexpr AtOnce kAtOnce = Codes<V>::kAtOnce;
+  static constexpr int kRowsAtOnce = kAtOnce.rows;
 
   // Rows of phase.k elements, quantized into scratch.
   static QuantInput take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
@@ -258,8 +262,7 @@ struct QuantNarrow {
   template <int TILE, int R>
   static void rows(const Phase& phase, float* sums, const char* w, const QuantInput& in, int64_t row, int64_t group,
                    int64_t groups, Ahead ahead) {
-    constexpr int most = V::quant_vectors(R);
-    constexpr int VS = TILE < most ? TILE : most;
+    constexpr int VS = kAtOnce.vectors_of(TILE, R);
     for (int v = 0; v < TILE; v += VS) {
       narrow_groups<V, Codes, TILE, VS, R>(phase, sums + v * kLanes, w, v, in, row, group, groups, ahead);
     }
@@ -269,7 +272,7 @@ struct QuantNarrow {
 template <class V, template <class> class Codes>
 struct QuantWide {
   using X = float;
-  static constexpr int kRowsAtOnce = V::kQuantRowsAtOnce;
+  static constexpr int kRowsAtOnce = V::kWideCodes.rows;
 
   // Rows of phase.k elements, zeros behind them up to a whole group.
   static Input<float> take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {

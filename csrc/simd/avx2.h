@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "at_once.h"
+
 namespace flashformer {
 
 struct Avx2 {
@@ -16,12 +18,13 @@ struct Avx2 {
   };
   using I = Raw;
 
-  static constexpr int kRowsAtOnce = 2;
-  static constexpr int kVectorsOneRow = 4;
-  static constexpr int kVectorsManyRows = 2;
+  static constexpr AtOnce kPlain = {2, 4, 2};
+  static constexpr AtOnce kWidened = {2, 4, 1};
+  static constexpr AtOnce kCodes = {2, 2, 1};
+  static constexpr AtOnce kLookups = {1, 1, 1};
+  static constexpr AtOnce kWideCodes = {1, 1, 1};
   static constexpr int kValuesAtOnce = 1;
-  static constexpr int kQuantRowsAtOnce = 2;
-  static constexpr int quant_vectors(int rows) { return rows == 1 ? 2 : 1; }
+  static constexpr int kKeyBlocksAtOnce = 1;
   static constexpr int kByteBias = 0;  // dot_bytes makes codes signed
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "at_once.h"
+
 namespace flashformer {
 
 struct Avx512 {
@@ -12,14 +14,15 @@ struct Avx512 {
   using I = __m512i;    // 16 int32
   using Raw = __m512i;  // 64 bytes of packed weights
 
-  static constexpr int kRowsAtOnce = 6;     // rows of a product that share a weight load
-  static constexpr int kVectorsOneRow = 4;  // weight vectors in flight for 1 row
-  static constexpr int kVectorsManyRows = 4;
-  static constexpr int kValuesAtOnce = 4;  // vectors of head_dim summed together by attention
-  // rows and vectors at once of a quantized product: whole tiles, for a tile read in two passes comes at half the speed
-  static constexpr int kQuantRowsAtOnce = 4;
-  static constexpr int quant_vectors(int) { return 4; }
-  static constexpr int kByteBias = 128;  // dot_bytes takes codes as they are, unsigned
+  // Whole tiles: one that is read in two passes comes at half the speed.
+  static constexpr AtOnce kPlain = {6, 4, 4};    // weights as they are
+  static constexpr AtOnce kWidened = {4, 4, 4};  // 16-bit weights become fp32
+  static constexpr AtOnce kCodes = {4, 4, 4};    // of quantized weights, and int8 rows
+  static constexpr AtOnce kLookups = {4, 4, 4};  // the same through a codebook
+  static constexpr AtOnce kWideCodes = {4, 1, 1};
+  static constexpr int kValuesAtOnce = 4;     // vectors of head_dim summed together by attention
+  static constexpr int kKeyBlocksAtOnce = 2;  // of 16 keys, for several queries
+  static constexpr int kByteBias = 128;       // dot_bytes takes codes as they are, unsigned
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float x) { return _mm512_set1_ps(x); }
@@ -59,7 +62,7 @@ struct Avx512 {
   static F as_f32(Raw w) { return _mm512_castsi512_ps(w); }
   // of 16 pairs of bf16: the first of each, the second of each
   static F even_bf16(Raw w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
-  static F odd_bf16(Raw w) { return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xFFFF0000u))); }
+  static F odd_bf16(Raw w) { return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(0xAAAAAAAAu, w)); }
 #ifdef __AVX512BF16__
   // acc += w[2i] * x[0] + w[2i+1] * x[1] in each lane i
   static F dot_bf16(F acc, Raw w, const uint16_t* x) {

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "at_once.h"
+
 namespace flashformer {
 
 struct Portable {
@@ -21,12 +23,13 @@ struct Portable {
     I4 q[4];
   };
 
-  static constexpr int kRowsAtOnce = 2;
-  static constexpr int kVectorsOneRow = 1;
-  static constexpr int kVectorsManyRows = 1;
+  static constexpr AtOnce kPlain = {2, 1, 1};
+  static constexpr AtOnce kWidened = kPlain;
+  static constexpr AtOnce kCodes = kPlain;
+  static constexpr AtOnce kLookups = kPlain;
+  static constexpr AtOnce kWideCodes = kPlain;
   static constexpr int kValuesAtOnce = 1;
-  static constexpr int kQuantRowsAtOnce = 2;
-  static constexpr int quant_vectors(int) { return 1; }
+  static constexpr int kKeyBlocksAtOnce = 2;
   static constexpr int kByteBias = 128;
 
   template <class Fn>

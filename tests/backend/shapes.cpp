@@ -1,0 +1,66 @@
+// Prints what the inner loops of one instruction set add into: KIND ACCUMULATORS WEIGHTS VECTORS ROWS, a line for
+// every instance of a product. Compiled with the flags of one isa_*.cpp; only constants are used, so it runs anywhere.
+#include <cstdio>
+#include <initializer_list>
+
+#ifdef __AVX512F__
+#include "simd/avx512.h"
+using V = flashformer::Avx512;
+constexpr int kRegisterBytes = 64;
+#else
+#include "simd/avx2.h"
+using V = flashformer::Avx2;
+constexpr int kRegisterBytes = 32;
+#endif
+#include "phases/table.h"
+
+using namespace flashformer;
+
+namespace {
+
+constexpr int kRegisters = sizeof(V::F) / kRegisterBytes;  // of one vector
+
+void print(const char* kind, const char* weights, int vectors, int rows) {
+  std::printf("%s %d %s %d %d\n", kind, vectors * rows * kRegisters, weights, vectors, rows);
+}
+
+template <class W>
+void plain(const char* kind, const char* weights) {
+  for (int tile : {1, 2, 4}) {
+    for (int rows = 1; rows <= Plain<V, W>::kRowsAtOnce; ++rows) {
+      print(kind, weights, W::kAtOnce.vectors_of(tile, rows), rows);
+    }
+  }
+}
+
+template <class T>
+concept Narrow = requires(typename T::I acc, typename T::Raw w, const int8_t* x) { T::dot_bytes(acc, w, x); };
+
+template <template <class> class Codes>
+void quantized(const char* weights) {
+  for (int tile : {1, 2, 4}) {
+    for (int rows = 1; rows <= QuantWide<V, Codes>::kRowsAtOnce; ++rows) print("fma", weights, 1, rows);
+    if constexpr (Narrow<V>) {
+      for (int rows = 1; rows <= QuantNarrow<V, Codes>::kRowsAtOnce; ++rows) {
+        print("bytes", weights, QuantNarrow<V, Codes>::kAtOnce.vectors_of(tile, rows), rows);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  plain<WeightsF32<V>>("fma", "f32");
+  plain<WeightsBf16<V>>("fma", "bf16");
+  plain<WeightsF16<V>>("fma", "f16");
+#ifdef __AVX512BF16__
+  plain<WeightsBf16Dot<V>>("dot", "bf16");
+#endif
+  quantized<CodesInt8>("int8");
+  quantized<CodesInt4>("int4");
+  quantized<CodesNf4>("nf4");
+  for (const char* cache : {"f32", "bf16", "f16"}) {
+    for (int queries = 1; queries <= kScoreRows; ++queries) print("attend", cache, V::kValuesAtOnce, queries);
+  }
+}
