@@ -50,8 +50,9 @@ class Kernel {
 
   // From now on every forward notes when each worker entered a phase, its wait over, and when it left it.
   void keep_times();
+  void forget_times() { times_.clear(); }
   // Of the last forward, ns of the monotonic clock: (n_workers, n_phases, 2), 0 for phases that were not run; then when
-  // the forward began and ended. Empty before keep_times.
+  // the forward began and ended. Empty unless they are kept.
   const std::vector<int64_t>& times() const { return times_; }
 
  private:

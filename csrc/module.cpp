@@ -41,21 +41,22 @@ struct Isa {
   const char* name;
   TableOf table, dot_table;  // dot_table: where there are dot products of bf16 and of bytes, or nullptr
   SumOf sum;
+  QuantizeOf quantize;
 };
 
 // What this CPU can run, best last.
 std::vector<Isa> supported_isas() {
-  std::vector<Isa> isas{{"portable", portable_table, nullptr, portable_sum}};
+  std::vector<Isa> isas{{"portable", portable_table, nullptr, portable_sum, portable_quantize}};
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    isas.push_back({"avx2", avx2_table, nullptr, avx2_sum});
+    isas.push_back({"avx2", avx2_table, nullptr, avx2_sum, avx2_quantize});
   }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
   if (avx512) {
     const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-    isas.push_back({"avx512", avx512_table, bf16 ? avx512bf16_table : nullptr, avx512_sum});
+    isas.push_back({"avx512", avx512_table, bf16 ? avx512bf16_table : nullptr, avx512_sum, avx512_quantize});
   }
   return isas;
 }
@@ -220,7 +221,7 @@ Source source_from(const MatrixOrFile& from, int64_t format, int64_t k) {
 int64_t pack(Region& region, int64_t offset, int64_t format, int64_t scale_group, int64_t group_bytes, bool zero_points,
              int zero, int64_t vectors, int64_t n_tiles, int64_t k, int64_t k_padded,
              const Column<const int32_t>& row_map, const std::vector<MatrixOrFile>& sources, int64_t source_format,
-             int n_threads) {
+             const std::string& isa, int n_threads) {
   if (scale_group < 0 || scale_group > 128 || scale_group % 32)
     throw std::invalid_argument("groups of 32, 64, 96, 128");
   PackJob job{region.data() + offset,
@@ -234,6 +235,7 @@ int64_t pack(Region& region, int64_t offset, int64_t format, int64_t scale_group
               k,
               k_padded,
               row_map.data(),
+              find_isa(isa).quantize,
               {}};
   for (const MatrixOrFile& source : sources) job.sources.push_back(source_from(source, source_format, k));
   const Released released;
@@ -304,6 +306,7 @@ NB_MODULE(_cpu, m) {
       .def("log", &read_log, "worker"_a, "[(phase, kind, value, begin)] since the last clear_logs.")
       .def("clear_logs", [](BoundKernel& self) { self.kernel->clear_logs(); })
       .def("keep_times", [](BoundKernel& self) { self.kernel->keep_times(); })
+      .def("forget_times", [](BoundKernel& self) { self.kernel->forget_times(); })
       .def(
           "times", [](BoundKernel& self) { return self.kernel->times(); }, "Of the last forward, see csrc/kernel.h.")
       .def_ro("narrow", &BoundKernel::narrow, "Whether products of the layers take bf16 or int8 activations.")
@@ -313,7 +316,8 @@ NB_MODULE(_cpu, m) {
       });
 
   m.def("pack", &pack, "region"_a, "offset"_a, "format"_a, "scale_group"_a, "group_bytes"_a, "zero_points"_a, "zero"_a,
-        "vectors"_a, "n_tiles"_a, "k"_a, "k_padded"_a, "row_map"_a, "sources"_a, "source_format"_a, "n_threads"_a,
+        "vectors"_a, "n_tiles"_a, "k"_a, "k_padded"_a, "row_map"_a, "sources"_a, "source_format"_a, "isa"_a,
+        "n_threads"_a,
         "Packs tiles; returns the stacked row of an element that is not finite, -1, or -2 if a file could not be read. "
         "A source is a matrix, or (fd, offset, rows, row bytes) of one in a file.");
   m.def("copy", &copy, "region"_a, "offset"_a, "format"_a, "k"_a, "rows"_a, "source_format"_a, "n_threads"_a,

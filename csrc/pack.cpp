@@ -10,7 +10,6 @@
 #include <thread>
 
 #include "element.h"
-#include "quantize.h"
 #include "simd/thread.h"
 
 namespace flashformer {
@@ -30,6 +29,7 @@ void from_f32(float x, Format format, char* p) {
 // What a thread reads a row into and converts it into.
 struct Buffers {
   std::vector<char> read, converted;
+  std::vector<float> wide;  // (16, k padded), of quantized formats
 };
 
 bool read_fully(int fd, char* out, int64_t n, int64_t offset) {
@@ -78,14 +78,15 @@ Row prepare_row(const Source& source, int64_t row, int64_t k, Format format, Buf
   return bad == 0 ? Row::kGood : Row::kNotFinite;
 }
 
-// Runs body(begin, end, buffers) over threads, in contiguous shares of [0, n), each with buffers for rows of k
-// elements.
+// Runs body(begin, end, buffers) over threads, in contiguous shares of [0, n), each with buffers for rows of k elements
+// and `wide` floats.
 template <class Body>
-void share(int64_t n, int n_threads, int64_t k, Body body) {
+void share(int64_t n, int n_threads, int64_t k, int64_t wide, Body body) {
   std::vector<Buffers> all(static_cast<std::size_t>(n_threads));
   for (Buffers& buffers : all) {
     buffers.read.resize(static_cast<std::size_t>(4 * k));
     buffers.converted.resize(static_cast<std::size_t>(4 * k));
+    buffers.wide.resize(static_cast<std::size_t>(wide));
   }
   std::vector<std::jthread> threads;  // joined also where one cannot be started
   for (int t = 0; t < n_threads; ++t) {
@@ -121,71 +122,79 @@ const Source& source_of(const PackJob& job, int64_t* row) {
 
 namespace {
 
-// Lane `o` of a tile in a quantized format: its groups one after the other. False if a scale is beyond f16.
-bool pack_quantized(const PackJob& job, const float* row, int64_t o, char* tile) {
-  const int64_t vector = o / kLanes, lane = o % kLanes, group = job.scale_group;
-  const int64_t per_step = job.format == Format::kInt8 ? 4 : 8, codes_bytes = group / per_step * job.vectors * 64;
+// A tile of a quantized format. False if a file could not be read.
+bool pack_quantized(const PackJob& job, int64_t tile, char* out, Buffers& buffers, std::atomic<int64_t>& result) {
   const int64_t scales_bytes = (job.vectors * 32 + 63) / 64 * 64;
-  bool good = true;
-  for (int64_t g = 0; g * group < job.k_padded; ++g) {
-    float x[kMostGroup] = {};
-    const int64_t begin = g * group, n = job.k - begin < group ? job.k - begin : group;
-    std::memcpy(x, row + begin, static_cast<std::size_t>(n) * sizeof(float));
-    QuantGroup made;
-    quantize_group(x, group, job.format, job.zero_points, job.zero, &made);
-    good = good && (made.scale & 0x7C00) != 0x7C00;
-    char* block = tile + g * job.group_bytes;
-    std::memcpy(block + vector * 32 + lane * 2, &made.scale, 2);
-    if (job.zero_points) block[scales_bytes + vector * 16 + lane] = static_cast<char>(made.zero);
-    char* codes = block + job.group_bytes - codes_bytes + vector * 64 + lane * 4;
-    for (int64_t i = 0; i < group; i += per_step, codes += job.vectors * 64) {
-      for (int64_t j = 0; j < 4; ++j) {
-        const uint8_t high = per_step == 8 ? static_cast<uint8_t>(made.codes[i + j + 4] << 4) : uint8_t{0};
-        codes[j] = static_cast<char>(made.codes[i + j] | high);
-      }
+  const int64_t per_step = job.format == Format::kInt8 ? 4 : 8;
+  const int64_t codes_begin = job.group_bytes - job.scale_group / per_step * job.vectors * 64;
+  for (int64_t v = 0; v < job.vectors; ++v) {
+    QuantVector vector{{},
+                       job.k_padded / job.scale_group,
+                       job.scale_group,
+                       job.format,
+                       job.zero_points,
+                       job.zero,
+                       out + v * 32,
+                       out + scales_bytes + v * 16,
+                       out + codes_begin + v * 64,
+                       job.vectors * 64,
+                       job.group_bytes};
+    const int32_t* stacked = job.row_map + (tile * job.vectors + v) * kLanes;
+    for (int64_t l = 0; l < kLanes; ++l) {
+      if (stacked[l] < 0) continue;
+      int64_t row = stacked[l];
+      const Source& source = source_of(job, &row);
+      const char* in;
+      const Row found = prepare_row(source, row, job.k, Format::kF32, buffers, &in);
+      report(result, found, stacked[l]);
+      if (found == Row::kUnread) return false;
+      if (found == Row::kNotFinite) continue;
+      float* wide = buffers.wide.data() + l * job.k_padded;
+      std::memcpy(wide, in, static_cast<std::size_t>(job.k) * sizeof(float));
+      std::memset(wide + job.k, 0, static_cast<std::size_t>(job.k_padded - job.k) * sizeof(float));
+      vector.rows[l] = wide;
+    }
+    const uint32_t beyond = job.quantize(vector);
+    for (int64_t l = 0; l < kLanes; ++l) {
+      if (beyond >> l & 1) report(result, Row::kNotFinite, stacked[l]);
     }
   }
-  return good;
+  return true;
+}
+
+// A tile of any other. False if a file could not be read.
+bool pack_plain(const PackJob& job, int64_t tile, char* out, Buffers& buffers, std::atomic<int64_t>& result) {
+  const int64_t size = bytes_of(job.format), group = k_group_of(job.format);
+  const int64_t outputs = job.vectors * kLanes, step_bytes = job.vectors * 64;
+  for (int64_t o = 0; o < outputs; ++o) {
+    const int64_t stacked = job.row_map[tile * outputs + o];
+    if (stacked < 0) continue;
+    int64_t row = stacked;
+    const Source& source = source_of(job, &row);
+    const char* in;
+    const Row found = prepare_row(source, row, job.k, job.format, buffers, &in);
+    report(result, found, stacked);
+    if (found == Row::kUnread) return false;
+    char* lane = out + o / kLanes * 64 + o % kLanes * group * size;
+    for (int64_t k = 0; k + group <= job.k; k += group) std::memcpy(lane + k / group * step_bytes, in + k * size, 4);
+    if (job.k % group) std::memcpy(lane + job.k / group * step_bytes, in + (job.k - 1) * size, 2);
+  }
+  return true;
 }
 
 }  // namespace
 
 int64_t pack_tiles(const PackJob& job, int n_threads) {
   const bool quantized = job.scale_group > 0;
-  const Format rows_format = quantized ? Format::kF32 : job.format;
-  const int64_t size = bytes_of(rows_format), group = k_group_of(rows_format);
-  const int64_t outputs = job.vectors * kLanes, step_bytes = job.vectors * 64;
-  const int64_t tile_bytes =
-      quantized ? job.k_padded / job.scale_group * job.group_bytes : outputs * job.k_padded * size;
+  const int64_t tile_bytes = quantized ? job.k_padded / job.scale_group * job.group_bytes
+                                       : job.vectors * kLanes * job.k_padded * bytes_of(job.format);
   std::atomic<int64_t> result{kAllGood};
-  share(job.n_tiles, n_threads, job.k, [&](int64_t begin, int64_t end, Buffers& buffers) {
+  const int64_t wide = quantized ? kLanes * job.k_padded : 0;
+  share(job.n_tiles, n_threads, job.k, wide, [&](int64_t begin, int64_t end, Buffers& buffers) {
     for (int64_t tile = begin; tile < end; ++tile) {
       char* out = job.out + tile * tile_bytes;
       std::memset(out, 0, static_cast<std::size_t>(tile_bytes));
-      for (int64_t o = 0; o < outputs; ++o) {
-        const int64_t stacked = job.row_map[tile * outputs + o];
-        if (stacked < 0) continue;
-        int64_t row = stacked;
-        const Source& source = source_of(job, &row);
-        const char* in;
-        Row found = prepare_row(source, row, job.k, rows_format, buffers, &in);
-        if (found == Row::kUnread) {
-          report(result, found, stacked);
-          return;
-        }
-        if (quantized) {
-          if (found == Row::kGood && !pack_quantized(job, reinterpret_cast<const float*>(in), o, out)) {
-            found = Row::kNotFinite;
-          }
-          report(result, found, stacked);
-          continue;
-        }
-        report(result, found, stacked);
-        char* lane = out + o / kLanes * 64 + o % kLanes * group * size;
-        for (int64_t k = 0; k + group <= job.k; k += group)
-          std::memcpy(lane + k / group * step_bytes, in + k * size, 4);
-        if (job.k % group) std::memcpy(lane + job.k / group * step_bytes, in + (job.k - 1) * size, 2);
-      }
+      if (!(quantized ? pack_quantized : pack_plain)(job, tile, out, buffers, result)) return;
     }
   });
   return result.load();
@@ -193,7 +202,7 @@ int64_t pack_tiles(const PackJob& job, int n_threads) {
 
 void sum_blocks(const char* begin, int64_t n_bytes, int64_t block_bytes, SumOf sum, uint64_t* sums, int n_threads) {
   const int64_t n_blocks = (n_bytes + block_bytes - 1) / block_bytes;
-  share(n_blocks, n_threads, 0, [&](int64_t first, int64_t last, Buffers&) {
+  share(n_blocks, n_threads, 0, 0, [&](int64_t first, int64_t last, Buffers&) {
     for (int64_t b = first; b < last; ++b) {
       const int64_t at = b * block_bytes, left = n_bytes - at;
       sums[b] = sum(begin + at, left < block_bytes ? left : block_bytes, true);
@@ -204,7 +213,7 @@ void sum_blocks(const char* begin, int64_t n_bytes, int64_t block_bytes, SumOf s
 int64_t copy_rows(char* out, Format format, const Source& source, int64_t k, int n_threads) {
   const int64_t size = bytes_of(format);
   std::atomic<int64_t> result{kAllGood};
-  share(source.n_rows, n_threads, k, [&](int64_t begin, int64_t end, Buffers& buffers) {
+  share(source.n_rows, n_threads, k, 0, [&](int64_t begin, int64_t end, Buffers& buffers) {
     for (int64_t row = begin; row < end; ++row) {
       const char* in;
       const Row found = prepare_row(source, row, k, format, buffers, &in);

@@ -31,6 +31,7 @@ struct PackJob {
   uint8_t zero;
   int64_t vectors, n_tiles, k, k_padded;
   const int32_t* row_map;  // (n_tiles * vectors * 16) row among the stacked sources, -1: zeros
+  QuantizeOf quantize;     // of the instruction set to be used
   std::vector<Source> sources;
 };
 

@@ -19,4 +19,27 @@ uint64_t portable_sum(const char* begin, int64_t n_bytes, bool prefetched);
 uint64_t avx2_sum(const char* begin, int64_t n_bytes, bool prefetched);
 uint64_t avx512_sum(const char* begin, int64_t n_bytes, bool prefetched);
 
+constexpr int64_t kMostGroup = 128;
+
+// One vector of outputs of a tile in a quantized format: where its rows are and where its groups go.
+struct QuantVector {
+  const float* rows[kLanes];  // k in whole groups, all finite; nullptr: padding, which becomes zeros
+  int64_t n_groups, group;    // elements per group
+  Format format;
+  bool zero_points;
+  uint8_t zero;        // where there are no zero points
+  char* scales;        // (16) f16 of the first group
+  char* zeros;         // (16) of the first group, with zero points
+  char* codes;         // (16, 4) of the first step of the first group
+  int64_t step_bytes;  // from one step to the next
+  int64_t group_bytes;
+};
+
+// Quantizes it (quantize.h). Returns a bit for each lane that has a scale beyond f16.
+using QuantizeOf = uint32_t (*)(const QuantVector& vector);
+
+uint32_t portable_quantize(const QuantVector& vector);
+uint32_t avx2_quantize(const QuantVector& vector);
+uint32_t avx512_quantize(const QuantVector& vector);
+
 }  // namespace flashformer

@@ -1,4 +1,5 @@
 #include "../phases/table.h"
+#include "../quantize.h"
 #include "avx2.h"
 #include "isa.h"
 #include "sum.h"
@@ -10,5 +11,7 @@ const PhaseTable* avx2_table(Format weights, Format kv, bool dot) { return table
 uint64_t avx2_sum(const char* begin, int64_t n_bytes, bool prefetched) {
   return sum_bytes<Avx2>(begin, n_bytes, prefetched);
 }
+
+uint32_t avx2_quantize(const QuantVector& vector) { return quantize_vector<Avx2>(vector); }
 
 }  // namespace flashformer

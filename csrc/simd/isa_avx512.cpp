@@ -1,4 +1,5 @@
 #include "../phases/table.h"
+#include "../quantize.h"
 #include "avx512.h"
 #include "isa.h"
 #include "sum.h"
@@ -10,5 +11,7 @@ const PhaseTable* avx512_table(Format weights, Format kv, bool dot) { return tab
 uint64_t avx512_sum(const char* begin, int64_t n_bytes, bool prefetched) {
   return sum_bytes<Avx512>(begin, n_bytes, prefetched);
 }
+
+uint32_t avx512_quantize(const QuantVector& vector) { return quantize_vector<Avx512>(vector); }
 
 }  // namespace flashformer

@@ -1,4 +1,5 @@
 #include "../phases/table.h"
+#include "../quantize.h"
 #include "isa.h"
 #include "portable.h"
 #include "sum.h"
@@ -10,5 +11,7 @@ const PhaseTable* portable_table(Format weights, Format kv, bool dot) { return t
 uint64_t portable_sum(const char* begin, int64_t n_bytes, bool prefetched) {
   return sum_bytes<Portable>(begin, n_bytes, prefetched);
 }
+
+uint32_t portable_quantize(const QuantVector& vector) { return quantize_vector<Portable>(vector); }
 
 }  // namespace flashformer

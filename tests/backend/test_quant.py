@@ -43,25 +43,65 @@ def extremes(rng: np.random.Generator, rows: int, k: int) -> np.ndarray[Any, Any
 
 
 @every_format
-def test_native_packing_is_the_definition(fmt: Format) -> None:
+@pytest.mark.parametrize("isa", load_native().isas())
+def test_native_packing_is_the_definition(fmt: Format, isa: str) -> None:
+    """Bytes, of every kind of row, on every instruction set; padding is zeros."""
     rng = np.random.default_rng(len(fmt.name))
+    native = load_native()
     for vectors, n_out, k in ((1, 21, 96), (2, 50, 257), (4, 70, 300)):
         x = extremes(rng, n_out, k)
         tiles = -(-n_out // (16 * vectors))
         matrix = PackedMatrix(("a",), n_out, k, fmt, vectors, tiles, 0, Order.PLAIN)
-        native = load_native()
         region = native.Region(matrix.n_bytes)
-        rows = np.full(tiles * vectors * 16, -1, np.int32)
-        rows[:n_out] = np.arange(n_out)
-        result = native.pack(
-            region=region, offset=0, format=fmt.code, scale_group=fmt.scale_group,
-            group_bytes=fmt.group_bytes(vectors), zero_points=fmt.zero_points, zero=fmt.zero, vectors=vectors,
-            n_tiles=tiles, k=k, k_padded=matrix.k_padded, row_map=rows, sources=[x], source_format=F32.code,
-            n_threads=2,
-        )  # fmt: skip
-        assert result == -1
+        region.array[:] = 0xA5
+        assert packed_by(native, region, matrix, x, isa) == -1
         found, expected = region.array[: matrix.n_bytes], pack(matrix, [x])
         assert np.array_equal(found, expected.reshape(-1).view(np.uint8))
+
+
+@every_format
+@pytest.mark.parametrize("isa", load_native().isas())
+def test_native_packing_of_hard_choices(fmt: Format, isa: str) -> None:
+    """Steps that lie on or beside the middle of two codes, scales that are denormal in float16 or at its end, groups
+    of which several candidates are equally good.
+    """
+    rng, native = np.random.default_rng(11), load_native()
+    k, n_out = 256, 256
+    x = rng.integers(-16, 17, (n_out, k)).astype(np.float32) / 2  # ties
+    x *= np.exp2(rng.integers(-26, 12, (n_out, 1))).astype(np.float32)
+    x[::3] = np.nextafter(x[::3], np.where(rng.random((len(x[::3]), k)) < 0.5, -np.inf, np.inf).astype(np.float32))
+    x[5] = np.float32(-0.0)
+    x[7, :] = np.float32(3e-8) * np.sign(rng.standard_normal(k)).astype(np.float32)
+    x[9, :] = np.float32(65504 * 5) * rng.uniform(-1, 1, k).astype(np.float32)
+    matrix = PackedMatrix(("a",), n_out, k, fmt, 4, n_out // 64, 0, Order.PLAIN)
+    region = native.Region(matrix.n_bytes)
+    assert packed_by(native, region, matrix, x, isa) == -1
+    assert np.array_equal(region.array[: matrix.n_bytes], pack(matrix, [x]).reshape(-1).view(np.uint8))
+
+
+@every_format
+@pytest.mark.parametrize("isa", load_native().isas())
+def test_the_row_that_cannot_be_packed_is_named(fmt: Format, isa: str) -> None:
+    native = load_native()
+    matrix = PackedMatrix(("a",), 70, 96, fmt, 2, 3, 0, Order.PLAIN)
+    region = native.Region(matrix.n_bytes)
+    for bad, value in ((np.nan, 37), (np.inf, 5), (3e38, 69), (-3e38, 16)):
+        x = extremes(np.random.default_rng(12), 70, 96)
+        x[value, 50] = bad
+        assert packed_by(native, region, matrix, x, isa) == value
+
+
+def packed_by(native: Any, region: Any, matrix: PackedMatrix, x: np.ndarray[Any, Any], isa: str) -> int:
+    fmt = matrix.format
+    rows = np.full(matrix.n_tiles * matrix.tile_outputs, -1, np.int32)
+    rows[: matrix.n_out] = np.arange(matrix.n_out)
+    result: int = native.pack(
+        region=region, offset=0, format=fmt.code, scale_group=fmt.scale_group,
+        group_bytes=fmt.group_bytes(matrix.vectors), zero_points=fmt.zero_points, zero=fmt.zero,
+        vectors=matrix.vectors, n_tiles=matrix.n_tiles, k=matrix.k, k_padded=matrix.k_padded, row_map=rows,
+        sources=[x], source_format=F32.code, isa=isa, n_threads=2,
+    )  # fmt: skip
+    return result
 
 
 @every_format

@@ -50,6 +50,16 @@ def test_tracing_changes_no_token() -> None:
         assert llm.generate("def ", max_tokens=20).token_ids == expected
 
 
+def test_times_are_kept_until_they_are_forgotten() -> None:
+    with ff.load("demo", ctx=64) as llm:
+        kept = []
+        for change in (llm.kernel.keep_times, llm.kernel.forget_times, llm.kernel.keep_times):
+            change()
+            llm.generate("def ", max_tokens=2)
+            kept.append(bool(llm.kernel._native.times()))  # type: ignore[attr-defined]
+    assert kept == [True, False, True]
+
+
 def test_command(tmp_path: Path) -> None:
     out, html = tmp_path / "t.json", tmp_path / "t.html"
     result = CliRunner().invoke(app, ["trace", "demo", "-o", str(out), "--html", str(html), "--threads", "2"])

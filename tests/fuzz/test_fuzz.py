@@ -6,25 +6,32 @@ from a fresh one. An input that breaks a target is printed; it belongs into the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from folders import CONFIG
 from mutations import join_weights, mutate_bytes, mutate_json, split_weights
 from weight_files import random_tensors, write_shards
 
+from flashformer.backends.packed import layout, require_given
 from flashformer.checkpoint.files import parse_json
 from flashformer.checkpoint.folder import has_tensors, open_tensors
+from flashformer.checkpoint.packed import PAGE, PackedFormats, encode_header, find_packed
 from flashformer.checkpoint.safetensors import open_safetensors
 from flashformer.checkpoint.template import ChatTemplate
 from flashformer.errors import FlashformerError, LoadError, RequestError
+from flashformer.formats import BF16, F32, QUANTS
 from flashformer.model import bind, read_family, read_spec, shape_config, shape_names
+from flashformer.program import Program, build
+from flashformer.program import Target as ProgramTarget
 
 CORPUS = Path(__file__).parent / "corpus"
 SHORT_S, LONG_S = 2.0, 60.0
@@ -110,7 +117,53 @@ def template_target(tmp_path: Path) -> Target:
     return Target(corpus("template"), mutate_bytes, run, (LoadError, RequestError))
 
 
-TARGETS = {"header": header_target, "index": index_target, "config": config_target, "template": template_target}
+def packed_target(tmp_path: Path) -> Target:
+    """Packed files whose digest is right, so that what they say of themselves is looked at; the weights are zeros."""
+    spec = read_spec(CONFIG)
+
+    def program(formats: PackedFormats, tied: bool) -> Program:
+        target = ProgramTarget(
+            1, formats.weights, F32, 64, 1, 96, body_quant=formats.body_quant, head_quant=formats.head_quant
+        )
+        return build(replace(spec, tied=tied), target)
+
+    def made(formats: PackedFormats, tied: bool) -> bytes:
+        found = layout(program(formats, tied))
+        return encode_header(
+            {"formats": formats.to_json(), "tied": tied, "layout": found, "original": "m", "error": {"kl": 0.5}}
+        )
+
+    def finished(header: bytes) -> bytes:
+        sums = bytes(8)
+        size = -(-program(quantized, True).memory.weights_bytes // PAGE) * PAGE
+        return header + bytes(size) + sums + hashlib.sha256(header + sums).digest()
+
+    def mutate(rng: random.Random, seed: bytes, seeds: list[bytes]) -> bytes:
+        if rng.random() < 0.2:
+            return mutate_bytes(rng, seed, seeds)
+        texts = [s[16 : 16 + int.from_bytes(s[8:16], "little")] for s in (seed, *seeds)]
+        text = json_or_bytes(rng, texts[0], texts[1:])
+        size = -(-(16 + len(text)) // PAGE) * PAGE
+        return finished((seed[:8] + len(text).to_bytes(8, "little") + text).ljust(size))
+
+    def run(data: bytes) -> None:
+        (tmp_path / "weights.ffpack").write_bytes(data)
+        given = find_packed(tmp_path)
+        assert given is not None
+        require_given(program(given.formats, given.tied), given)
+
+    quantized = PackedFormats(BF16, QUANTS["int4-g32"], QUANTS["int8-g128"])
+    same = made(quantized, True)
+    return Target([finished(same), finished(same.replace(b'"m"', b'"n"'))], mutate, run)
+
+
+TARGETS = {
+    "header": header_target,
+    "index": index_target,
+    "config": config_target,
+    "template": template_target,
+    "packed": packed_target,
+}
 
 
 @contextmanager

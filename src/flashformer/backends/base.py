@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +110,10 @@ class Kernel(ABC):
         """From now on every forward notes its times. Raises DeviceError for a kernel that cannot."""
         raise DeviceError("this kernel keeps no times: use device='cpu'")
 
+    def forget_times(self) -> None:
+        """Ends `keep_times`. Raises DeviceError for a kernel that cannot."""
+        raise DeviceError("this kernel keeps no times: use device='cpu'")
+
     def times(self) -> Times:
         """Of the last forward since `keep_times`. Raises DeviceError for a kernel that cannot."""
         raise DeviceError("this kernel keeps no times: use device='cpu'")
@@ -114,6 +121,13 @@ class Kernel(ABC):
     def probe_weights(self) -> float | None:
         """Read bandwidth of the packed weights with this kernel's workers, GB/s; None if it cannot be measured."""
         return None
+
+    def write_weights(self, path: Path, original: str, error: Mapping[str, Any]) -> None:
+        """Writes the packed weights as those of a model (checkpoint/packed.py) that came from `original`.
+
+        Raises OSError, DeviceError for a kernel that packs none.
+        """
+        raise DeviceError("this kernel packs no weights: use device='cpu'")
 
     @abstractmethod
     def close(self) -> None:

@@ -1,12 +1,13 @@
-"""Packed weights as files, so that a model is packed once and mapped from then on.
+"""Packed weights as files: a model is packed once and mapped from then on.
 
-    [ header: MAGIC | length u64 | JSON, padded with spaces to whole pages | weights region, in whole pages
-      | sum of the 8-byte words of every block, u64 | SHA-256 of header and sums ]
+checkpoint/packed.py draws such a file. Files of the cache are ours: their JSON is the *key*, all that decides the
+bytes, that is the layout of the Program and the identity of every source tensor (file, size, time of the last write,
+place). One whose key is not equal, whose size or digest is wrong or whose blocks do not add up is packed anew. They
+appear whole or not at all (written aside, then renamed) and are never written to again; folder and files belong to
+this user alone.
 
-The JSON is the *key*: everything that decides the bytes, that is the layout of the Program and the identity of every
-source tensor (file, size, time of the last write, place). A file whose key is not equal, whose size or digest is wrong
-or whose blocks do not add up is packed anew. Files appear whole or not at all (written aside, then renamed) and are
-never written to again; folder and files belong to this user alone.
+A file that is a model's weights (`flashformer quantize`) was given to us: it must be whole and have the layout of the
+Program that is built from the model's configuration and the file's formats, else it is refused.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from typing import Any
 import numpy as np
 
 from .. import env
+from ..checkpoint.files import shown
+from ..checkpoint.packed import AGAIN, PAGE, PackedFormats, PackedWeights, encode_header
 from ..checkpoint.tensor import Stored, Tensor
+from ..errors import LoadError
 from ..formats import NF4
 from ..log import log
 from ..program.ir import Program
 from ..program.pack import PACK_VERSION
 from ..quantize import INT4_STEPS, INT4_ZP_SHARES, NF4_SHARES
 
-MAGIC = b"FFPACK1\n"
-PAGE = 4096
 BLOCK_BYTES = 1 << 20
 MIN_BYTES = 64 << 20  # smaller weights are packed faster than a file is found
 MAX_IN_MEMORY = 1 << 20  # of a source tensor that is no part of a file, to be told by its content
@@ -48,7 +50,7 @@ Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 
 @dataclass(frozen=True)
 class PackedFile:
-    """Where the packed weights of one Program and one checkpoint lie, or will."""
+    """Where packed weights lie, or will."""
 
     path: Path
     header: bytes  # whole pages
@@ -68,32 +70,45 @@ class PackedFile:
             log.warning("%s: cannot be opened (%s); packing again", self.path, e.strerror)
             return None
         try:
-            return self._checked(native, fd, n_threads)
+            _require_own(os.fstat(fd), "the file")
+            region = self.checked(native, fd, n_threads)
+            with suppress(OSError):
+                os.utime(self.path)  # in use
+            return region
         except (OSError, RuntimeError, ValueError) as e:
             log.warning("%s: %s; packing again", self.path, e)
             return None
         finally:
             os.close(fd)
 
-    def _checked(self, native: Any, fd: int, n_threads: int) -> Any:
-        """Raises ValueError that says what is wrong."""
-        stat = os.fstat(fd)
-        _require_own(stat, "the file")
+    def checked(self, native: Any, fd: int, n_threads: int) -> Any:
+        """The weights region of the open file, every block added up. Raises ValueError that says what is wrong."""
+        due = self.sums(fd)
+        region = native.Region.map(fd, len(self.header), self.n_bytes)
+        wrong = np.flatnonzero(block_sums(native, region, n_threads) != due)
+        if len(wrong):
+            raise ValueError(f"{len(wrong)} of {self.n_blocks} blocks are damaged, the first is number {wrong[0]}")
+        return region
+
+    def sums(self, fd: int) -> np.ndarray[Any, Any]:
+        """(n_blocks) uint64 as the file states them; its size, header and digest are right. Raises ValueError."""
         n_sums, digest = 8 * self.n_blocks, hashlib.sha256().digest_size
-        expected = len(self.header) + self.n_bytes + n_sums + digest
-        if stat.st_size != expected:
-            raise ValueError(f"{stat.st_size} bytes instead of {expected}")
+        found, expected = os.fstat(fd).st_size, len(self.header) + self.n_bytes + n_sums + digest
+        if found != expected:
+            raise ValueError(f"{found} bytes instead of {expected}")
         header = os.pread(fd, len(self.header), 0)
         tail = os.pread(fd, n_sums + digest, len(self.header) + self.n_bytes)
         if header != self.header or hashlib.sha256(header + tail[:n_sums]).digest() != tail[n_sums:]:
-            raise ValueError("the header is damaged, or describes other weights")
-        region = native.Region.map(fd, len(self.header), self.n_bytes)
-        wrong = np.flatnonzero(block_sums(native, region, n_threads) != np.frombuffer(tail[:n_sums], "<u8"))
-        if len(wrong):
-            raise ValueError(f"{len(wrong)} of {self.n_blocks} blocks are damaged, the first is number {wrong[0]}")
-        with suppress(OSError):
-            os.utime(self.path)  # in use
-        return region
+            raise ValueError("the header or the sums are damaged, or describe other weights")
+        return np.frombuffer(tail[:n_sums], "<u8")
+
+    def put(self, native: Any, region: Any, n_threads: int, path: Path, mode: int) -> None:
+        """Writes all of it to `path`, a new file. Raises OSError."""
+        sums = block_sums(native, region, n_threads).astype("<u8").tobytes()
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
+            file.write(self.header)
+            file.write(region.array)
+            file.write(sums + hashlib.sha256(self.header + sums).digest())
 
     def write(self, native: Any, region: Any, n_threads: int) -> None:
         """Leaves the file as it was, and says why, where it cannot be written."""
@@ -106,11 +121,7 @@ class PackedFile:
                 log.warning("%s: packed weights need %d bytes, %d are free; not kept", folder, total, free)
                 return
             self.path.with_suffix(".lock").touch()
-            sums = block_sums(native, region, n_threads).astype("<u8").tobytes()
-            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-                file.write(self.header)
-                file.write(region.array)
-                file.write(sums + hashlib.sha256(self.header + sums).digest())
+            self.put(native, region, n_threads, aside, 0o600)
             os.replace(aside, self.path)
         except OSError as e:
             log.warning("%s: %s after some of %d bytes; packed weights are not kept", aside, e.strerror, total)
@@ -134,8 +145,7 @@ class PackedFile:
 
 def packed_file(program: Program, weights: Mapping[str, Tensor]) -> PackedFile | None:
     """The file for these weights; None where none is wanted or the cache folder cannot be used."""
-    n_bytes = program.memory.weights_bytes
-    if n_bytes < MIN_BYTES or (folder := env.cache_folder()) is None:
+    if program.memory.weights_bytes < MIN_BYTES or (folder := env.cache_folder()) is None:
         return None
     document = key(program, weights)
     if document is None:
@@ -147,35 +157,39 @@ def packed_file(program: Program, weights: Mapping[str, Tensor]) -> PackedFile |
     except (OSError, ValueError) as e:
         log.warning("%s: packed weights are not kept: %s", folder, e)
         return None
-    text = json.dumps(document, separators=(",", ":")).encode()
-    size = -(-(len(MAGIC) + 8 + len(text)) // PAGE) * PAGE
-    header = (MAGIC + len(text).to_bytes(8, "little") + text).ljust(size)
+    header = encode_header(document)
     name = hashlib.sha256(header).hexdigest()[:32] + SUFFIX
-    return PackedFile(folder / name, header, -(-n_bytes // PAGE) * PAGE)
+    return PackedFile(folder / name, header, _region_bytes(program))
 
 
 def key(program: Program, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """All that decides the bytes of the weights region. None for weights that cannot be told by it."""
-    matrices, vectors, roles = [], {}, {"embed"}
+    roles = {"embed"}
     for phase in program.phases:
-        if (m := phase.matrix) is not None:
-            matrices.append([*m.roles, m.n_out, m.k, m.format.name, m.vectors, m.n_tiles, m.offset, m.order.value])
-            roles.update(m.roles)
-        for name, vector in phase.vectors.items():
-            vectors[vector.offset] = [*vector.roles, vector.length, name == "bias"]
-            roles.update(vector.roles)
+        roles.update(*([phase.matrix.roles] if phase.matrix else []), *(v.roles for v in phase.vectors.values()))
     sources = {role: _identity(weights[role]) for role in sorted(roles)}
     if None in sources.values():
         return None
+    quantizer = [float(x) for table in (INT4_STEPS, INT4_ZP_SHARES, NF4_SHARES) for x in table]
+    return {"layout": layout(program), "quantizer": quantizer, "sources": sources}
+
+
+def layout(program: Program) -> dict[str, Any]:
+    """Where everything lies in the weights region, and how."""
+    matrices, vectors = [], {}
+    for phase in program.phases:
+        if (m := phase.matrix) is not None:
+            matrices.append([*m.roles, m.n_out, m.k, m.format.name, m.vectors, m.n_tiles, m.offset, m.order.value])
+        for name, vector in phase.vectors.items():
+            vectors[str(vector.offset)] = [*vector.roles, vector.length, name == "bias"]
     return {
         "version": PACK_VERSION,
-        "quantizer": [float(x) for table in (INT4_STEPS, INT4_ZP_SHARES, NF4_SHARES, NF4) for x in table],
         "weights_bytes": program.memory.weights_bytes,
         "embed_format": program.target.weight_format.name,
         "embed_offset": program.embed_offset,
+        "codebook": list(NF4),
         "matrices": matrices,
         "vectors": vectors,
-        "sources": sources,
     }
 
 
@@ -189,16 +203,21 @@ def _identity(tensor: Tensor) -> list[Any] | None:
 
 
 def load_or_pack(
-    native: Any, program: Program, weights: Mapping[str, Tensor], n_threads: int, pack: Callable[[Any], None]
+    native: Any,
+    program: Program,
+    weights: Mapping[str, Tensor],
+    n_threads: int,
+    pack: Callable[[Any], None],
+    *,
+    keep: bool = True,
 ) -> Any:
-    """The weights region, from its file or packed now (and then kept); `pack` fills a region.
+    """The weights region, from its file or packed now (and then kept, if `keep`); `pack` fills a region.
 
     Raises LoadError where packing does, MemoryError.
     """
 
     def packed() -> Any:
-        n_bytes = -(-program.memory.weights_bytes // PAGE) * PAGE
-        region = native.Region(n_bytes, resident=False)  # packing writes all of it
+        region = native.Region(_region_bytes(program), resident=False)  # packing writes all of it
         pack(region)
         return region
 
@@ -207,12 +226,74 @@ def load_or_pack(
         return packed()
     if (region := file.map(native, n_threads)) is not None:
         return region
+    if not keep:
+        return packed()
     with file.lock() as mine:
         if (region := file.map(native, n_threads)) is None:  # another process may have written it meanwhile
             region = packed()
             if mine:
                 file.write(native, region, n_threads)
     return region
+
+
+def map_given(native: Any, program: Program, given: PackedWeights, n_threads: int) -> Any:
+    """The weights region of a model's packed file, mapped where it lies. Raises LoadError."""
+    with _refusing(given):
+        region = _given_file(program, given).checked(native, given.file.fd, n_threads)
+    given.file.require_unchanged()
+    return region
+
+
+def require_given(program: Program, given: PackedWeights) -> None:
+    """Raises LoadError if a model's packed file is not what the Program needs; of the weights, none is read."""
+    with _refusing(given):
+        _given_file(program, given).sums(given.file.fd)
+
+
+def write_given(
+    native: Any, program: Program, region: Any, n_threads: int, path: Path, original: str, error: Mapping[str, Any]
+) -> None:
+    """Writes a model's packed file, with the name of the model that was packed and what that cost. Raises OSError."""
+    target = program.target
+    formats = PackedFormats(target.weight_format, target.body_quant, target.head_quant)
+    document = {
+        "formats": formats.to_json(),
+        "tied": program.spec.tied,
+        "layout": layout(program),
+        "original": original,
+        "error": dict(error),
+    }
+    PackedFile(path, encode_header(document), len(region.array)).put(native, region, n_threads, path, 0o666)
+
+
+def given_bytes(program: Program) -> int:
+    """About as many bytes as `write_given` needs, never less."""
+    n_bytes = _region_bytes(program)
+    return n_bytes + n_bytes // BLOCK_BYTES * 8 + len(encode_header(layout(program))) + 2 * PAGE
+
+
+def _given_file(program: Program, given: PackedWeights) -> PackedFile:
+    """Raises ValueError if the file's layout is not the Program's."""
+    expected = json.loads(json.dumps(layout(program)))
+    if given.layout != expected:
+        wrong = next(k for k in (*expected, *given.layout) if given.layout.get(k) != expected.get(k))
+        raise ValueError(
+            f"{wrong} of its layout: found {shown(given.layout.get(wrong))}, but config.json and this version of "
+            f"flashformer expect {shown(expected.get(wrong))}"
+        )
+    return PackedFile(given.file.path, given.header, _region_bytes(program))
+
+
+@contextmanager
+def _refusing(given: PackedWeights) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as e:
+        raise LoadError(f"{given.file.path}: {e}; copy it again, or {AGAIN} ({shown(given.original)})") from e
+
+
+def _region_bytes(program: Program) -> int:
+    return -(-program.memory.weights_bytes // PAGE) * PAGE
 
 
 def block_sums(native: Any, region: Any, n_threads: int) -> np.ndarray[Any, Any]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .. import env
-from ..errors import DeviceError, RequestError
+from ..errors import DeviceError, LoadError, RequestError
 from .base import Kernel
 
 if TYPE_CHECKING:
     from ..check import CheckedProgram
-    from ..checkpoint import Tensor
+    from ..checkpoint import PackedWeights, Tensor
     from .cpu.topology import Threads
     from .packed import Progress
 
@@ -30,23 +30,27 @@ def resolve_device(device: object) -> str:
 
 def load_kernel(
     checked: CheckedProgram,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | PackedWeights,
     *,
     device: str,
     threads: Threads,
     progress: Progress | None = None,
+    keep: bool = True,
 ) -> Kernel:
-    """Maps or packs the weights and makes the kernel ready. `threads` says where the program's workers may be pinned.
+    """Maps or packs the weights and makes the kernel ready. `threads` says where the program's workers may be pinned;
+    `keep`, that weights packed now may be kept in the cache.
 
     Raises LoadError for weights that cannot be used, DeviceError where the machine cannot run the kernel.
     """
     if device == "reference":
         from .reference import ReferenceKernel
 
+        if not isinstance(weights, Mapping):
+            raise LoadError(f"{weights.file.path}: packed weights are for the CPU kernel, found device={device!r}")
         return ReferenceKernel(checked, weights, seed=0)
     from .cpu.kernel import CpuKernel
 
-    return CpuKernel(checked, weights, cpus=threads.cpus, progress=progress)
+    return CpuKernel(checked, weights, cpus=threads.cpus, progress=progress, keep=keep)
 
 
 def native_isa() -> str | None:

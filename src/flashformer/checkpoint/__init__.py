@@ -1,7 +1,8 @@
-"""In: `demo`, a folder or a hub id. Out: config, tensors not yet read, tokenizer. Knows no model."""
+"""In: `demo`, a folder or a hub id. Out: config, weights not yet read, tokenizer. Knows no model."""
 
 from .folder import Checkpoint, open_checkpoint
+from .packed import PackedFormats, PackedWeights
 from .tensor import Tensor
 from .tokenizer import Tokenizer, TokenStream
 
-__all__ = ["Checkpoint", "Tensor", "TokenStream", "Tokenizer", "open_checkpoint"]
+__all__ = ["Checkpoint", "PackedFormats", "PackedWeights", "Tensor", "TokenStream", "Tokenizer", "open_checkpoint"]

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import LoadError
 from .convert import INDEX, SINGLE, no_weights
 from .files import in_hub_cache, member, read_json, shown
+from .packed import PackedWeights, find_packed
 from .resolve import SMALL_FILES, Place, locate
 from .safetensors import open_safetensors
 from .tensor import Tensor
@@ -41,6 +42,14 @@ class Checkpoint:
         return open_tensors(self.path)
 
     @cached_property
+    def packed(self) -> PackedWeights | None:
+        """What a folder has instead of `tensors` if it was made by `flashformer quantize`; never of a hub id.
+
+        Raises LoadError.
+        """
+        return None if self.place.snapshot is not None else find_packed(self.path)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """Read on first use. Raises LoadError."""
         return load_tokenizer(self.path)
@@ -60,6 +69,13 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, offline: 
         config=read_json(config_path),
         generation_config=read_json(generation_path) if generation_path else {},
     )
+
+
+def small_files(folder: Path) -> dict[str, Path]:
+    """Name -> path of every file of a model folder that is read, but for the weights. Raises LoadError."""
+    names = {path.relative_to(folder).as_posix() for pattern in SMALL_FILES for path in folder.glob(pattern)}
+    found = {name: member(folder, name) for name in sorted(names - {INDEX})}
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def has_tensors(folder: Path) -> bool:

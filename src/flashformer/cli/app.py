@@ -9,6 +9,7 @@ from .chat import chat
 from .doctor import doctor
 from .output import Commands
 from .plan import plan
+from .quantize import quantize
 from .run import run
 from .trace import trace
 
@@ -20,5 +21,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (run, chat, bench, plan, trace, doctor):
+for command in (run, chat, bench, plan, trace, quantize, doctor):
     app.command()(command)

@@ -18,6 +18,8 @@ from ..formats import QUANT_NAMES
 from ..log import log
 from .progress import loading_bar
 
+QUANT_HELP = f"none, {', '.join(QUANT_NAMES)}, or with a group such as int4-g128"
+
 
 class Device(StrEnum):
     AUTO = "auto"
@@ -47,6 +49,7 @@ def _hush(quiet: bool) -> bool:
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="demo, a folder, a hub id, or shape:NAME")]
 RevisionOpt = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")]
 OfflineOpt = Annotated[bool, typer.Option("--offline", help="use what is on this machine only")]
+ThreadsOpt = Annotated[int | None, typer.Option("--threads", help="default: cores within the quota")]
 QuietOpt = Annotated[
     bool, typer.Option("--quiet", help="only results, warnings and errors", callback=_hush, is_eager=True)
 ]
@@ -88,13 +91,14 @@ class Machine:
         Dtype.AUTO
     )
     quant: Annotated[
-        str, typer.Option("--quant", help=f"none, {', '.join(QUANT_NAMES)}, or with a group such as int4-g128")
-    ] = "none"
+        str | None,
+        typer.Option("--quant", help=f"{QUANT_HELP}; default: none, or what the weights are packed in"),
+    ] = None
     exact: Annotated[bool, typer.Option("--exact", help="keep activations in fp32 at the input of products")] = False
     kv_dtype: Annotated[
         KvDtype | None, typer.Option("--kv-dtype", help="format of the KV cache; default bf16, f32 under f32")
     ] = None
-    threads: Annotated[int | None, typer.Option("--threads", help="default: cores within the quota")] = None
+    threads: ThreadsOpt = None
     revision: RevisionOpt = None
     offline: OfflineOpt = False
 

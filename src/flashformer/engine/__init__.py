@@ -5,6 +5,7 @@ from .engine import LLM, load
 from .generate import Piece, Stream
 from .logprobs import Score, TokenLogprobs
 from .plan import Plan, plan_model
+from .quantize import QuantizeReport, quantize_model
 from .request import SamplingSettings
 from .setup import Options
 from .stats import Output, Timing
@@ -16,6 +17,7 @@ __all__ = [
     "Output",
     "Piece",
     "Plan",
+    "QuantizeReport",
     "SamplingSettings",
     "Score",
     "Stream",
@@ -24,4 +26,5 @@ __all__ = [
     "diagnose",
     "load",
     "plan_model",
+    "quantize_model",
 ]

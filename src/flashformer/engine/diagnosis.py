@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from ..checkpoint import Checkpoint, Tokenizer, open_checkpoint
+from ..backends.packed import require_given
+from ..checkpoint import Checkpoint, PackedWeights, Tokenizer, open_checkpoint
 from ..checkpoint.folder import has_tensors
 from ..errors import FlashformerError, LoadError
 from ..formats import BF16, Format
@@ -91,9 +92,14 @@ def diagnose(model: str, options: Options, *, revision: str | None = None, offli
     if checkpoint is None:
         return found
     spec = _try_config(found, checkpoint.config, checkpoint.generation_config)
-    spec, stored = _try_tensors(found, checkpoint, spec)
+    packed = None
+    if _has_packed(checkpoint):
+        spec, packed = _try_packed(found, checkpoint, spec, options)
+        stored = packed.formats.weights if packed else None
+    else:
+        spec, stored = _try_tensors(found, checkpoint, spec)
     _try_tokenizer(found, checkpoint, spec)
-    _try_memory(found, spec, stored, options)
+    _try_memory(found, spec, stored, options, packed)
     return found
 
 
@@ -151,6 +157,37 @@ def _try_tensors(
     return (spec, None) if weights is None else (as_stored(spec, weights), stored_format(weights))
 
 
+def _has_packed(checkpoint: Checkpoint) -> bool:
+    try:
+        return checkpoint.packed is not None
+    except LoadError:  # which trying it will say again
+        return True
+
+
+def _try_packed(
+    found: Diagnosis, checkpoint: Checkpoint, spec: ModelSpec | None, options: Options
+) -> tuple[ModelSpec | None, PackedWeights | None]:
+    """The spec as the packed file refines it, and that file."""
+
+    def make() -> PackedWeights:
+        packed = checkpoint.packed
+        assert packed is not None
+        return packed
+
+    packed = found.attempt("packed", make, lambda p: f"{p.file.path}, made from {p.original}")
+    if packed is None or spec is None:
+        return spec, packed
+    refined = as_stored(spec, packed)
+
+    def fit() -> PackedWeights:
+        setup = set_up(refined, packed.formats.weights, options, packed.formats)
+        require_given(build(refined, setup.target), packed)
+        return packed
+
+    found.attempt("fit", fit, lambda p: f"{p.file.n_bytes} bytes, header and layout as the config implies")
+    return refined, packed
+
+
 def _at_hand(checkpoint: Checkpoint) -> bool:
     """Whether the weights can be looked at without a download."""
     try:
@@ -180,13 +217,19 @@ def _try_tokenizer(found: Diagnosis, checkpoint: Checkpoint, spec: ModelSpec | N
     )
 
 
-def _try_memory(found: Diagnosis, spec: ModelSpec | None, stored: Format | None, options: Options) -> None:
+def _try_memory(
+    found: Diagnosis,
+    spec: ModelSpec | None,
+    stored: Format | None,
+    options: Options,
+    packed: PackedWeights | None = None,
+) -> None:
     if spec is None or stored is None:
         found.note("memory", Verdict.UNTRIED, "needs a config and tensors that are accepted")
         return
 
     def make() -> str:
-        setup = set_up(spec, stored, options)
+        setup = set_up(spec, stored, options, packed.formats if packed else None)
         memory = build(spec, setup.target).memory
         require_memory(memory, setup)
         free = f" of {setup.free.value / 2**30:.2f} free ({setup.free.source})" if setup.free else ""

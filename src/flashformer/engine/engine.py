@@ -73,14 +73,21 @@ def load(
         prompt_chunk=prompt_chunk,
     )
     loaded = load_model(model, revision=revision, offline=offline)
-    setup = set_up(loaded.spec, loaded.stored_format, options)
+    setup = set_up(loaded.spec, loaded.stored_format, options, loaded.packed_formats)
     for warning in (setup.threads.warning, _crowd(setup), read_defaults(loaded.generation_config).warning):
         if warning:
             warnings.warn(warning, stacklevel=2)
+    return make_llm(loaded, setup, progress=progress)
+
+
+def make_llm(loaded: Model, setup: Setup, *, progress: Progress | None = None, keep: bool = True) -> LLM:
+    """The end of `load`. `keep`: weights packed now may be kept in the cache. Raises LoadError, DeviceError."""
     program = build(loaded.spec, setup.target)
     require_memory(program.memory, setup)
     checked = check(program)
-    kernel = load_kernel(checked, loaded.weights, device=setup.device, threads=setup.threads, progress=progress)
+    kernel = load_kernel(
+        checked, loaded.weights, device=setup.device, threads=setup.threads, progress=progress, keep=keep
+    )
     llm = LLM(loaded, setup, checked, kernel)
     _LOADED.add(llm)
     return llm
@@ -246,6 +253,11 @@ class LLM:
             for begin, logits in parts:
                 result[begin : begin + len(logits)] = logits
         return result
+
+    def logit_parts(self, prompt: Prompt) -> Generator[tuple[int, NDArray[np.float32]], None, None]:
+        """As `logits`, a few positions at a time: (first of them, logits). Close it where it is not run to its end."""
+        self.turns.check()
+        return self._prompt_logits(self._prompts.ids(prompt), 0)
 
     def score(self, prompt: Prompt, continuation: Prompt) -> Score:
         """How likely a continuation is: the log probability of each of its tokens, given all before it.

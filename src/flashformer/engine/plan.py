@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
+from ..backends.packed import require_given
 from ..check import check
 from ..model.outline import read_outline
 from ..program import Program, build
@@ -123,8 +124,11 @@ def plan_model(
     Raises RequestError, LoadError and DeviceError as `load` would, ProgramError if the proof fails.
     """
     outline = read_outline(model, revision=revision, offline=offline)
-    setup = set_up(outline.spec, outline.stored_format, options)
+    packed = outline.packed
+    setup = set_up(outline.spec, outline.stored_format, options, packed.formats if packed else None)
     program = build(outline.spec, setup.target)
+    if packed is not None:
+        require_given(program, packed)
     plan = make_plan(outline.name, program, setup, read_defaults(outline.generation_config), isa=isa)
     return replace(plan, proof=dict(check(program).proved)) if prove else plan
 

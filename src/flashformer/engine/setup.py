@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..backends.cpu import topology
 from ..backends.registry import PROMPT_CHUNK, resolve_device
+from ..checkpoint import PackedFormats
 from ..errors import LoadError, RequestError
 from ..formats import F32, FORMATS, QUANT_NAMES, QUANTS, Format, find_quant
 from ..model.spec import ModelSpec, RopeKind
@@ -16,6 +17,8 @@ from .request import LIMITS, flag, integer
 DEFAULT_CTX = 8192
 HEAD_QUANT = QUANTS["int8-g128"]  # of lm_head where the layers have fewer bits: there an error is an error of a token
 
+_OTHER = "leave it out to run them as they are, or quantize the original again"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -23,7 +26,7 @@ class Options:
 
     device: str = "auto"
     dtype: str = "auto"  # format of the weights in memory that are not quantized
-    quant: str | None = None  # format of the matrices, see formats.QUANTS and QUANT_NAMES; None and "none": as `dtype`
+    quant: str | None = None  # format of the matrices, see formats.QUANTS and QUANT_NAMES; "none": as `dtype`
     kv_dtype: str | None = None
     exact: bool = False  # activations stay fp32 at the input of products
     ctx: int | None = None  # positions per slot
@@ -57,11 +60,15 @@ class Setup:
     free: topology.Limit | None  # memory free when this was decided
 
 
-def set_up(spec: ModelSpec, stored: Format, options: Options) -> Setup:
-    """Chooses threads, formats and context. Raises RequestError, LoadError, DeviceError."""
+def set_up(spec: ModelSpec, stored: Format, options: Options, packed: PackedFormats | None = None) -> Setup:
+    """Chooses threads, formats and context; formats only where the weights are not `packed` already.
+
+    Raises RequestError, LoadError, DeviceError.
+    """
     device = resolve_device(options.device)
     threads = topology.choose_threads(options.threads)
-    weight_format = stored if options.dtype == "auto" else FORMATS[options.dtype]
+    formats = _formats(stored, options) if packed is None else _packed_formats(packed, options)
+    weight_format = formats.weights
     kv_format = FORMATS[options.kv_dtype or ("f32" if weight_format is F32 else "bf16")]
     chunk = PROMPT_CHUNK if options.prompt_chunk is None else options.prompt_chunk
     free = topology.free_memory()
@@ -77,10 +84,27 @@ def set_up(spec: ModelSpec, stored: Format, options: Options) -> Setup:
         streams=options.streams,
         ctx=ctx,
         exact=options.exact,
-        body_quant=(body := find_quant(options.quant or "none")),
-        head_quant=HEAD_QUANT if body is not None and body.bits < 8 else body,
+        body_quant=formats.body_quant,
+        head_quant=formats.head_quant,
     )
     return Setup(device, target, chunk, threads, ctx_why, free)
+
+
+def _formats(stored: Format, options: Options) -> PackedFormats:
+    body = find_quant(options.quant or "none")
+    head = HEAD_QUANT if body is not None and body.bits < 8 else body
+    return PackedFormats(stored if options.dtype == "auto" else FORMATS[options.dtype], body, head)
+
+
+def _packed_formats(packed: PackedFormats, options: Options) -> PackedFormats:
+    """Raises LoadError if others are asked for than there are."""
+    asked = _formats(packed.weights, options)
+    if asked.weights is not packed.weights:
+        raise LoadError(f"dtype={options.dtype!r}: found weights packed with {packed.weights.name}; {_OTHER}")
+    if options.quant is not None and asked.body_quant is not packed.body_quant:
+        found = packed.body_quant.name if packed.body_quant else "none"
+        raise LoadError(f"quant={options.quant!r}: found weights packed as {found}; {_OTHER}")
+    return packed
 
 
 def kv_read_bytes(spec: ModelSpec, kv_format: Format, n_positions: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Tensor, Tokenizer, open_checkpoint
+from ..checkpoint import PackedFormats, PackedWeights, Tensor, Tokenizer, open_checkpoint
 from ..checkpoint.files import naming
 from ..errors import LoadError
 from ..formats import BF16, F32, Format
@@ -24,19 +24,26 @@ class Model:
     `weights`: role -> tensor, matrices (n_out, k); roles are `embed`, `final_norm`, `lm_head` (absent if tied) and
     `layers.{i}.` + `q k v o gate up down`, with `attn_norm ffn_norm` (pre_norm), `attn_post_norm ffn_post_norm`
     (post_norm), `q_norm k_norm` (qk_norm), `q_bias k_bias v_bias o_bias gate_bias up_bias down_bias` where the spec
-    has them. `stored_format`: the one that holds the values of all matrices.
+    has them; or a file of all of them, packed. `stored_format`: the one that holds the values of all matrices; of
+    packed weights that of what is not quantized.
     """
 
     name: str
     spec: ModelSpec
     stored_format: Format
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor] | PackedWeights
     tokenizer: Tokenizer | None  # None: token ids only
     generation_config: Mapping[str, Any]
+    folder: Path | None = None  # where its files are; None of random weights
 
     @property
     def max_positions(self) -> int:
         return self.spec.max_positions
+
+    @property
+    def packed_formats(self) -> PackedFormats | None:
+        """What packed weights are in; None where formats may be chosen."""
+        return self.weights.formats if isinstance(self.weights, PackedWeights) else None
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -52,9 +59,13 @@ def load_model(model: str | Path, *, revision: str | None = None, offline: bool 
     with naming(checkpoint.path):
         family = read_family(checkpoint.config)
         spec = read_spec(checkpoint.config, checkpoint.generation_config)
-    tensors = checkpoint.tensors  # of a hub id, downloaded now that the model is known to be supported
-    with naming(checkpoint.path):
-        weights = bind(family, spec, tensors)
+    weights: Mapping[str, Tensor] | PackedWeights
+    if checkpoint.packed is not None:
+        weights = checkpoint.packed
+    else:
+        tensors = checkpoint.tensors  # of a hub id, downloaded now that the model is known to be supported
+        with naming(checkpoint.path):
+            weights = bind(family, spec, tensors)
     tokenizer = checkpoint.tokenizer
     with naming(checkpoint.path):
         require_vocabulary(tokenizer, spec)
@@ -65,6 +76,7 @@ def load_model(model: str | Path, *, revision: str | None = None, offline: bool 
         weights=weights,
         tokenizer=tokenizer,
         generation_config=checkpoint.generation_config,
+        folder=checkpoint.path,
     )
 
 
@@ -77,13 +89,16 @@ def require_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> None:
         )
 
 
-def as_stored(spec: ModelSpec, weights: Mapping[str, Tensor]) -> ModelSpec:
-    """Tied is what the tensors say: a head of its own wins over the config, as in transformers."""
-    return replace(spec, tied="lm_head" not in weights)
+def as_stored(spec: ModelSpec, weights: Mapping[str, Tensor] | PackedWeights) -> ModelSpec:
+    """Tied is what the weights say: a head of its own wins over the config, as in transformers."""
+    tied = weights.tied if isinstance(weights, PackedWeights) else "lm_head" not in weights
+    return replace(spec, tied=tied)
 
 
-def stored_format(weights: Mapping[str, Tensor]) -> Format:
+def stored_format(weights: Mapping[str, Tensor] | PackedWeights) -> Format:
     """The format of the matrices; where they differ F32, which holds the values of all."""
+    if isinstance(weights, PackedWeights):
+        return weights.formats.weights
     formats = {tensor.format for tensor in weights.values() if len(tensor.shape) == 2}
     return formats.pop() if len(formats) == 1 else F32
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import PackedWeights, Tensor
 from ..checkpoint.files import member, naming, read_json, shown
 from ..checkpoint.folder import has_tensors, open_tensors
-from ..checkpoint.resolve import resolve
+from ..checkpoint.packed import find_packed
+from ..checkpoint.resolve import locate
 from ..errors import LoadError
 from ..formats import BF16, FORMATS, Format
 from .config import read_family, read_spec
@@ -30,13 +32,15 @@ class Outline:
     spec: ModelSpec
     stored_format: Format
     generation_config: Mapping[str, Any]
+    packed: PackedWeights | None = None  # where the weights are such a file
 
 
 def read_outline(model: str | Path, *, revision: str | None = None, offline: bool = False) -> Outline:
     """`demo`, a folder, a hub id (only its configuration is downloaded) or `shape:NAME`. Raises LoadError."""
     if isinstance(model, str) and model.startswith(PREFIX):
         return Outline(model, read_spec(shape_config(model.removeprefix(PREFIX))), BF16, {})
-    folder = resolve(model, revision=revision, offline=offline, files=CONFIGS)
+    place = locate(model, revision=revision, offline=offline, files=CONFIGS)
+    folder = place.folder
     config_path, generation_path = (member(folder, name) for name in CONFIGS)
     if config_path is None:
         raise LoadError(f"{folder}: config.json is missing; expected a Hugging Face model folder")
@@ -44,11 +48,14 @@ def read_outline(model: str | Path, *, revision: str | None = None, offline: boo
     generation_config = read_json(generation_path) if generation_path else {}
     with naming(folder):
         family, spec = read_family(config), read_spec(config, generation_config)
-    tensors = open_tensors(folder) if has_tensors(folder) else None
-    with naming(folder):
-        weights = None if tensors is None else bind(family, spec, tensors)
+    packed = find_packed(folder) if place.snapshot is None else None
+    tensors = open_tensors(folder) if packed is None and has_tensors(folder) else None
+    weights: Mapping[str, Tensor] | PackedWeights | None = packed
+    if tensors is not None:
+        with naming(folder):
+            weights = bind(family, spec, tensors)
     if weights is not None:
-        return Outline(str(model), as_stored(spec, weights), stored_format(weights), generation_config)
+        return Outline(str(model), as_stored(spec, weights), stored_format(weights), generation_config, packed)
     with naming(folder):
         return Outline(str(model), spec, stated_format(config), generation_config)
 

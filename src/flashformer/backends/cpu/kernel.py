@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from ... import env
 from ...check import CheckedProgram
-from ...checkpoint import Tensor
+from ...checkpoint import PackedWeights, Tensor
 from ...errors import DeviceError
 from ...program.ir import MAX_HEAD_ROWS, Op, Space
 from ...program.records import FlatProgram, flatten
 from .. import nonfinite
 from ..base import ADJUST_COLUMNS, ROW_COLUMNS, Kernel, Rows, Times
-from ..packed import Progress, load_or_pack
+from ..packed import Progress, load_or_pack, map_given, write_given
 from ..rows import read_rows
 from . import topology
 from .bandwidth import read_gb_s
@@ -41,20 +43,21 @@ class Outcome(IntEnum):
 class CpuKernel(Kernel):
     """One model in packed form, its KV cache, and the team of threads that computes it.
 
-    `flat` replaces the arrays that the kernel runs and `log_capacity` entries per worker are recorded of what it
-    did: both are for tests. Raises LoadError for weights that cannot be used, DeviceError where memory or the
-    extension is missing.
+    `keep`: weights packed now are kept in the cache. `flat` replaces the arrays that the kernel runs and `log_capacity`
+    entries per worker are recorded of what it did: both are for tests. Raises LoadError for weights that cannot be
+    used, DeviceError where memory or the extension is missing.
     """
 
     def __init__(
         self,
         checked: CheckedProgram,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor] | PackedWeights,
         *,
         cpus: Sequence[int] = (),
         flat: FlatProgram | None = None,
         log_capacity: int = 0,
         progress: Progress | None = None,
+        keep: bool = True,
     ) -> None:
         native = load_native()
         self.program = program = checked.program
@@ -63,15 +66,13 @@ class CpuKernel(Kernel):
         if self.isa not in native.isas():
             raise DeviceError(f"FLASHFORMER_ISA={self.isa}: this CPU has {', '.join(native.isas())}")
         n_cpus = len(topology.affinity())
-        n_threads = min(target.n_workers, n_cpus)
+        self._n_threads = n_threads = min(target.n_workers, n_cpus)
         try:
-            self._weights = load_or_pack(
-                native,
-                program,
-                weights,
-                n_threads,
-                lambda region: pack_weights(native, region, program, weights, n_threads, progress),
-            )
+            if isinstance(weights, PackedWeights):
+                self._weights = map_given(native, program, weights, n_threads)
+            else:
+                pack = partial(pack_weights, native, program, weights, n_threads, self.isa, progress)
+                self._weights = load_or_pack(native, program, weights, n_threads, pack, keep=keep)
             kv, work = native.Region(memory.kv_bytes), native.Region(memory.buffers_bytes)
         except MemoryError as error:
             raise DeviceError(f"{memory.total_bytes:,} bytes of memory cannot be had: lower ctx or streams") from error
@@ -144,6 +145,9 @@ class CpuKernel(Kernel):
     def keep_times(self) -> None:
         self._native.keep_times()
 
+    def forget_times(self) -> None:
+        self._native.forget_times()
+
     def times(self) -> Times:
         *phases, begin, end = self._native.times()
         both = np.array(phases, np.int64).reshape(self.program.target.n_workers, -1, 2)
@@ -156,6 +160,9 @@ class CpuKernel(Kernel):
         if topology.caches_hold(n_bytes):
             return None
         return read_gb_s(self._weights.array[:n_bytes], self.program.target.n_workers, 0.4)
+
+    def write_weights(self, path: Path, original: str, error: Mapping[str, Any]) -> None:
+        write_given(load_native(), self.program, self._weights, self._n_threads, path, original, error)
 
     def describe(self) -> dict[str, object]:
         return {

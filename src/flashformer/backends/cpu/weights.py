@@ -22,11 +22,12 @@ READ_FAILED = -2  # csrc/pack.h
 
 def pack_weights(
     native: Any,
-    region: Any,
     program: Program,
     weights: Mapping[str, Tensor],
     n_threads: int,
-    progress: Progress | None = None,
+    isa: str,
+    progress: Progress | None,
+    region: Any,
 ) -> None:
     """Fills `region` as the Program places things. Raises LoadError for a weight that is NaN or Inf."""
     for phase in program.phases:
@@ -51,6 +52,7 @@ def pack_weights(
                 row_map=rows,
                 sources=[_source(tensor) for tensor in tensors],
                 source_format=_common_format(tensors),
+                isa=isa,
                 n_threads=n_threads,
             )
             _require_read(tensors, result)
