@@ -68,11 +68,6 @@ class Loop:
         """(width, kind)"""
         return {(i.width, i.kind) for i in self.body if i.kind}
 
-    @property
-    def reads_weights(self) -> bool:
-        """Whether it prefetches: what a product does for every step of its tape, and attention does not."""
-        return any(i.name == "prefetcht0" for i in self.body)
-
     def _slot(self, operand: str) -> str | None:
         """The operand if it is memory in the stack."""
         return operand.split("{")[0] if any(f"({r}" in operand for r in self.stack) else None

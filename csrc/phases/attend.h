@@ -3,7 +3,8 @@
 // and appends the keys and values of the rows whose positions lie in its chunk. Gives, per (row, head, chunk): values
 // weighted by exp(score - max), the maximum and the sum; o_proj merges chunks in position order. Scores are taken over
 // 16 keys at a time (a lane owns a key), values key after key (a lane owns an element), so no sum depends on which rows
-// or workers are about.
+// or workers are about. What is read next is prefetched: keys in the order of their blocks, then values, then the keys
+// of the unit after.
 #pragma once
 
 #include <cfloat>
@@ -14,6 +15,8 @@
 
 namespace flashformer {
 
+constexpr int64_t kAheadBytes = 4096;  // of the values that are prefetched
+
 // One query head of one row against the keys of a chunk.
 struct Query {
   const float* q;      // (head_dim)
@@ -21,23 +24,23 @@ struct Query {
   int64_t partial;     // index of its result
 };
 
-// scores[p][16 b ...] of P queries and B blocks of 16 keys from `keys`.
-template <class V, class KV, int P, int B>
-inline void score_blocks(const Query* query, const typename KV::T* keys, int64_t head_dim, typename V::F scale,
-                         float* scores) {
-  typename V::F sum[P][B];
-  for (int p = 0; p < P; ++p) {
-    for (int b = 0; b < B; ++b) sum[p][b] = V::zero();
-  }
-  for (int64_t d = 0; d < head_dim; ++d) {
-    for (int b = 0; b < B; ++b) {
-      typename V::F key = KV::load(keys + (b * head_dim + d) * kLanes);
-      for (int p = 0; p < P; ++p) sum[p][b] = V::fma(key, V::set1(query[p].q[d]), sum[p][b]);
+// scores[p][...] of P queries and 16 keys: the sum over even elements of the head and that over odd ones. `ahead`: as
+// many bytes to be read later.
+template <class V, class KV, int P>
+inline void score_block(const Query* query, const typename KV::T* keys, int64_t head_dim, typename V::F scale,
+                        float* scores, const char* ahead) {
+  constexpr int kPairBytes = 2 * kLanes * sizeof(typename KV::T);
+  typename V::F even[P], odd[P];
+  for (int p = 0; p < P; ++p) even[p] = odd[p] = V::zero();
+  for (int64_t d = 0; d < head_dim; d += 2, keys += 2 * kLanes, ahead += kPairBytes) {
+    for (int line = 0; line < kPairBytes; line += 64) V::prefetch(ahead + line);
+    const typename V::F first = KV::load(keys), second = KV::load(keys + kLanes);
+    for (int p = 0; p < P; ++p) {
+      even[p] = V::fma(first, V::set1(query[p].q[d]), even[p]);
+      odd[p] = V::fma(second, V::set1(query[p].q[d + 1]), odd[p]);
     }
   }
-  for (int p = 0; p < P; ++p) {
-    for (int b = 0; b < B; ++b) V::store(scores + p * kKeyChunk + b * kLanes, V::mul(sum[p][b], scale));
-  }
+  for (int p = 0; p < P; ++p) V::store(scores + p * kKeyChunk, V::mul(V::add(even[p], odd[p]), scale));
 }
 
 // `x` at keys k .. k+15 that a query sees, `other` at the rest.
@@ -76,10 +79,11 @@ inline void exponentiate(const Query& query, typename V::F softcap, bool capped,
 }
 
 // D vectors of the weighted sum of values for P queries: the keys that all of them see together, those before and after
-// for each by itself, in the order of the keys.
+// for each by itself, in the order of the keys. `next`: what is read after the last of them.
 template <class V, class KV, int P, int D>
 inline void weigh_values(const Forward& forward, const Query* query, const typename KV::T* values, int64_t stride,
-                         int64_t at, const float* scores) {
+                         int64_t at, const float* scores, const typename KV::T* next) {
+  constexpr int64_t kElementBytes = sizeof(typename KV::T), kLine = 64 / (kLanes * kElementBytes);  // vectors of a line
   typename V::F sum[P][D];
   int64_t begin = query[0].begin, end = query[0].end;
   for (int p = 0; p < P; ++p) {
@@ -96,14 +100,21 @@ inline void weigh_values(const Forward& forward, const Query* query, const typen
     }
   };
   for (int p = 0; p < P; ++p) alone(p, query[p].begin, begin < query[p].end ? begin : query[p].end);
-  for (int64_t k = begin; k < end; ++k) {
-    typename V::F value[D];
-    for (int d = 0; d < D; ++d) value[d] = KV::load(values + k * stride + at + d * kLanes);
-    for (int p = 0; p < P; ++p) {
-      typename V::F weight = V::set1(scores[p * kKeyChunk + k]);
-      for (int d = 0; d < D; ++d) sum[p][d] = V::fma(weight, value[d], sum[p][d]);
+  auto together = [&](int64_t first, int64_t last, const typename KV::T* ahead) {
+    for (int64_t k = first; k < last; ++k, ahead += stride) {
+      for (int d = 0; d < D; d += kLine) V::prefetch(reinterpret_cast<const char*>(ahead + d * kLanes));
+      typename V::F value[D];
+      for (int d = 0; d < D; ++d) value[d] = KV::load(values + k * stride + at + d * kLanes);
+      for (int p = 0; p < P; ++p) {
+        typename V::F weight = V::set1(scores[p * kKeyChunk + k]);
+        for (int d = 0; d < D; ++d) sum[p][d] = V::fma(weight, value[d], sum[p][d]);
+      }
     }
-  }
+  };
+  const int64_t distance = kAheadBytes / (stride * kElementBytes),
+                turn = end - distance > begin ? end - distance : begin;
+  together(begin, turn, values + (begin + distance) * stride + at);
+  together(turn, end, next + at);
   for (int p = 0; p < P; ++p) {
     alone(p, end, query[p].end);
     for (int d = 0; d < D; ++d) V::store(forward.partial_values(query[p].partial) + at + d * kLanes, sum[p][d]);
@@ -112,9 +123,10 @@ inline void weigh_values(const Forward& forward, const Query* query, const typen
 
 template <class V, class KV, int P>
 inline void attend_queries(Worker& worker, const Phase& phase, const Query* query, const typename KV::T* keys,
-                           const typename KV::T* values) {
-  constexpr int B = P == 1 ? 4 : V::kKeyBlocksAtOnce;
+                           const typename KV::T* values, const typename KV::T* next) {
   const Forward& forward = *worker.forward;
+  constexpr int64_t kElementBytes = sizeof(typename KV::T);
+  constexpr int Q = V::kQueriesAtOnce < P ? V::kQueriesAtOnce : P;
   float* scores = worker.scores();
   const typename V::F scale = V::set1(static_cast<float>(phase.attention_scale));
   const typename V::F softcap = V::set1(static_cast<float>(phase.softcap));
@@ -123,47 +135,66 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
     least = query[p].begin < least ? query[p].begin : least;
     most = query[p].end > most ? query[p].end : most;
   }
-  const int64_t blocks = (most + kLanes - 1) / kLanes;
-  int64_t b = least / kLanes;
-  for (; b + B <= blocks; b += B) {
-    score_blocks<V, KV, P, B>(query, keys + b * phase.head_dim * kLanes, phase.head_dim, scale, scores + b * kLanes);
-  }
-  for (; b < blocks; ++b) {
-    score_blocks<V, KV, P, 1>(query, keys + b * phase.head_dim * kLanes, phase.head_dim, scale, scores + b * kLanes);
+  const int64_t stride = phase.head_dim_padded, block = phase.head_dim * kLanes;
+  const int64_t blocks = (most + kLanes - 1) / kLanes,
+                distance = (kAheadBytes + block * kElementBytes - 1) / (block * kElementBytes);
+  for (int64_t b = least / kLanes; b < blocks; ++b) {
+    const int64_t later = b + distance - blocks;
+    const typename KV::T* ahead = later < 0 ? keys + (b + distance) * block : values + least * stride + later * block;
+    const char* line = reinterpret_cast<const char*>(ahead);
+    for (int p = 0; p + Q <= P; p += Q) {
+      score_block<V, KV, Q>(query + p, keys + b * block, phase.head_dim, scale, scores + p * kKeyChunk + b * kLanes,
+                            line);
+    }
+    if constexpr (P % Q > 0) {
+      constexpr int p = P / Q * Q;
+      score_block<V, KV, P - p>(query + p, keys + b * block, phase.head_dim, scale, scores + p * kKeyChunk + b * kLanes,
+                                line);
+    }
   }
   for (int p = 0; p < P; ++p) {
     exponentiate<V>(query[p], softcap, phase.softcap > 0, scores + p * kKeyChunk,
                     forward.partial_sums(query[p].partial));
   }
   constexpr int D = V::kValuesAtOnce;
-  const int64_t stride = phase.head_dim_padded;
   int64_t at = 0;
   for (; at + D * kLanes <= stride; at += D * kLanes) {
-    weigh_values<V, KV, P, D>(forward, query, values, stride, at, scores);
+    weigh_values<V, KV, P, D>(forward, query, values, stride, at, scores, next);
   }
-  for (; at < stride; at += kLanes) weigh_values<V, KV, P, 1>(forward, query, values, stride, at, scores);
+  for (; at < stride; at += kLanes) weigh_values<V, KV, P, 1>(forward, query, values, stride, at, scores, next);
 }
 
 template <class V, class KV>
 inline void attend_batch(Worker& worker, const Phase& phase, int n, const Query* query, const typename KV::T* keys,
-                         const typename KV::T* values) {
+                         const typename KV::T* values, const typename KV::T* next) {
   switch (n) {
     case 1:
-      return attend_queries<V, KV, 1>(worker, phase, query, keys, values);
+      return attend_queries<V, KV, 1>(worker, phase, query, keys, values, next);
     case 2:
-      return attend_queries<V, KV, 2>(worker, phase, query, keys, values);
+      return attend_queries<V, KV, 2>(worker, phase, query, keys, values, next);
     case 3:
-      return attend_queries<V, KV, 3>(worker, phase, query, keys, values);
+      return attend_queries<V, KV, 3>(worker, phase, query, keys, values, next);
     case 4:
-      return attend_queries<V, KV, 4>(worker, phase, query, keys, values);
+      return attend_queries<V, KV, 4>(worker, phase, query, keys, values, next);
   }
 }
 
-// One unit. `keys` and `values`: the chunk's piece of the cache.
+// The chunk's piece of the cache of unit `unit`.
 template <class V, class KV>
-inline void attend_unit(Worker& worker, const Phase& phase, const Group& group, int64_t first_key, int64_t kv_head) {
+inline typename KV::T* unit_keys(const Forward& forward, const Phase& phase, int64_t unit) {
+  const int64_t heads = phase.n_kv_heads, first_key = unit / (forward.n_groups * heads) * kKeyChunk;
+  const Group& group = forward.groups[unit / heads % forward.n_groups];
+  return keys_of<typename KV::T>(forward, phase, group.slot, unit % heads) + first_key * phase.head_dim;
+}
+
+// One unit. `next`: the keys of the unit after.
+template <class V, class KV>
+inline void attend_unit(Worker& worker, const Phase& phase, int64_t unit, const typename KV::T* next) {
   const Forward& forward = *worker.forward;
-  typename KV::T* keys = keys_of<typename KV::T>(forward, phase, group.slot, kv_head) + first_key * phase.head_dim;
+  const int64_t heads = phase.n_kv_heads, kv_head = unit % heads;
+  const int64_t first_key = unit / (forward.n_groups * heads) * kKeyChunk;
+  const Group& group = forward.groups[unit / heads % forward.n_groups];
+  typename KV::T* keys = unit_keys<V, KV>(forward, phase, unit);
   typename KV::T* values =
       values_of<typename KV::T>(forward, phase, group.slot, kv_head) + first_key * phase.head_dim_padded;
   const int64_t per_kv = phase.n_heads / phase.n_kv_heads;
@@ -183,12 +214,12 @@ inline void attend_unit(Worker& worker, const Phase& phase, const Group& group, 
       batch[n++] = {q, begin > 0 ? begin : 0, end < kKeyChunk ? end : kKeyChunk,
                     forward.partial_index(r, h) + first_key / kKeyChunk};
       if (n == kScoreRows) {
-        attend_batch<V, KV>(worker, phase, n, batch, keys, values);
+        attend_batch<V, KV>(worker, phase, n, batch, keys, values, next);
         n = 0;
       }
     }
   }
-  attend_batch<V, KV>(worker, phase, n, batch, keys, values);
+  attend_batch<V, KV>(worker, phase, n, batch, keys, values, next);
 }
 
 template <class V, class KV>
@@ -211,8 +242,8 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
   if (unit < end) qk_factors<V>(worker, phase);
   for (; unit < end; unit += span.step) {
     worker.begin_unit(unit);
-    const int64_t first_key = unit / (groups * heads) * kKeyChunk;
-    attend_unit<V, KV>(worker, phase, forward.groups[unit / heads % groups], first_key, unit % heads);
+    const int64_t after = unit + span.step < end ? unit + span.step : unit;
+    attend_unit<V, KV>(worker, phase, unit, unit_keys<V, KV>(forward, phase, after));
   }
 }
 

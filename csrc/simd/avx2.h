@@ -23,8 +23,8 @@ struct Avx2 {
   static constexpr AtOnce kCodes = {2, 2, 1};
   static constexpr AtOnce kLookups = {1, 1, 1};
   static constexpr AtOnce kWideCodes = {1, 1, 1};
+  static constexpr int kQueriesAtOnce = 2;
   static constexpr int kValuesAtOnce = 1;
-  static constexpr int kKeyBlocksAtOnce = 1;
   static constexpr int kByteBias = 0;  // dot_bytes makes codes signed
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

@@ -20,9 +20,9 @@ struct Avx512 {
   static constexpr AtOnce kCodes = {4, 4, 4};    // of quantized weights, and int8 rows
   static constexpr AtOnce kLookups = {4, 4, 4};  // the same through a codebook
   static constexpr AtOnce kWideCodes = {4, 1, 1};
-  static constexpr int kValuesAtOnce = 4;     // vectors of head_dim summed together by attention
-  static constexpr int kKeyBlocksAtOnce = 2;  // of 16 keys, for several queries
-  static constexpr int kByteBias = 128;       // dot_bytes takes codes as they are, unsigned
+  static constexpr int kQueriesAtOnce = 4;  // whose scores are summed together
+  static constexpr int kValuesAtOnce = 4;   // vectors of head_dim summed together by attention
+  static constexpr int kByteBias = 128;     // dot_bytes takes codes as they are, unsigned
 
   static F zero() { return _mm512_setzero_ps(); }
   static F set1(float x) { return _mm512_set1_ps(x); }

@@ -28,8 +28,8 @@ struct Portable {
   static constexpr AtOnce kCodes = kPlain;
   static constexpr AtOnce kLookups = kPlain;
   static constexpr AtOnce kWideCodes = kPlain;
+  static constexpr int kQueriesAtOnce = 4;
   static constexpr int kValuesAtOnce = 1;
-  static constexpr int kKeyBlocksAtOnce = 2;
   static constexpr int kByteBias = 128;
 
   template <class Fn>

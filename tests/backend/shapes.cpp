@@ -61,6 +61,7 @@ int main() {
   quantized<CodesInt4>("int4");
   quantized<CodesNf4>("nf4");
   for (const char* cache : {"f32", "bf16", "f16"}) {
-    for (int queries = 1; queries <= kScoreRows; ++queries) print("attend", cache, V::kValuesAtOnce, queries);
+    for (int queries = 1; queries <= kScoreRows; ++queries) print("fma", cache, V::kValuesAtOnce, queries);
+    for (int queries = 1; queries <= V::kQueriesAtOnce; ++queries) print("fma", cache, 2, queries);
   }
 }
