@@ -1,6 +1,6 @@
 """Fills the figures of README.md and of the demo's model card from recorded results; `--check` only compares.
 
-Each file has one table between the two marker lines below. No figure in them is typed by hand.
+Each file has its tables between the two marker lines below. No figure in them is typed by hand.
 """
 
 from __future__ import annotations
@@ -54,6 +54,46 @@ def benchmark_figures(results: Path = RESULTS) -> str:
     return "\n".join([table(header, map(row, records)), "", f"Measured on: {'; '.join(machines)}."])
 
 
+def latest_engines(results: Path = RESULTS) -> list[dict[str, Any]]:
+    """The newest line of engines.jsonl for every model, format and test, in the order in which they first appear."""
+    path = results / "engines.jsonl"
+    records = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    keys = ("model", "format", "test", "depth", "threads")
+    return list({tuple(record[key] for key in keys): record for record in records}.values())
+
+
+def engine_figures(results: Path = RESULTS) -> str:
+    """Every matched pair of `benchmarks/compare_engines.py`; empty if none is recorded."""
+    rows, versions = [], set()
+    records = latest_engines(results)
+    for record in records:
+        prompt = record["test"] == "prefill"
+        test = f"prompt of {record['tokens']}" if prompt else f"decode, {record['depth']} cached"
+        for pair in (pair for pair in record["pairs"] if pair["matched"]):
+            ours, theirs = (record["engines"][pair[side]] for side in ("ours", "theirs"))
+            speeds = [
+                cell
+                for e in (ours, theirs)
+                for cell in (f"{e['tokens_per_s']['median']:.1f}", "" if prompt else f"{e['gb_per_s']:.1f}")
+            ]
+            ratio = pair["times_as_fast"]
+            fast = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+            about = [fast, f"{pair['bytes_per_token']:.3f}", record["rounds"], record["commit"]]
+            rows.append([record["model"], test, ours["weights"], *speeds[:2], pair["theirs"], *speeds[2:], *about])
+            versions.add(f"{pair['peer']} {theirs['version']}")
+    if not rows:
+        return ""
+    header = ["model", "test", "weights", "tokens/s", "GB/s", "beside", "tokens/s", "GB/s"]
+    header += ["times as fast (min to max)", "bytes per token, ours / theirs", "rounds", "commit"]
+    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['isa']}, {r['threads']} threads" for r in records})
+    note = f"Engines taking turns, pairs within a round, with {'; '.join(sorted(versions))}; on {'; '.join(machines)}."
+    return "\n".join([table(header, rows), "", note])
+
+
+def readme_figures(results: Path = RESULTS) -> str:
+    return "\n\n".join(filter(None, [benchmark_figures(results), engine_figures(results)]))
+
+
 def demo_figures(folder: Path = DEMO) -> str:
     path = folder / "training.json"
     if not path.exists():
@@ -80,7 +120,7 @@ def demo_figures(folder: Path = DEMO) -> str:
     return table(("figure", "value"), rows)
 
 
-FILES: dict[Path, Callable[[], str]] = {ROOT / "README.md": benchmark_figures, DEMO / "README.md": demo_figures}
+FILES: dict[Path, Callable[[], str]] = {ROOT / "README.md": readme_figures, DEMO / "README.md": demo_figures}
 
 
 def filled(text: str, figures: str) -> str:
