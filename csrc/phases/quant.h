@@ -39,14 +39,15 @@ inline void quantize_row(const float* x, int64_t n, int64_t group, int8_t* out, 
     const float largest = max_lanes<V>(most);
     const bool finite = sum_lanes<V>(poison) == 0.0f, empty = largest < 1e-30f;
     const F inverse = V::set1(finite && !empty ? 127.0f / largest : 0.0f);
-    int32_t sum = 0;
+    F sum = V::zero();  // exact: integers far below 2^24
     for (int64_t i = begin; i < begin + group; i += kLanes) {
       const F v = i < n ? V::first(n - i, V::load(x + i), V::zero()) : V::zero();
-      V::store_i8(out + i, finite ? V::mul(v, inverse) : V::zero());
-      for (int64_t j = 0; j < kLanes; ++j) sum += out[i + j];
+      const F steps = finite ? V::round(V::mul(v, inverse)) : V::zero();
+      V::store_i8(out + i, steps);
+      sum = V::add(sum, steps);
     }
     scales[g] = !finite ? __builtin_nanf("") : empty ? 0.0f : largest / 127.0f;
-    sums[g] = sum;
+    sums[g] = static_cast<int32_t>(sum_lanes<V>(sum));
   }
 }
 
