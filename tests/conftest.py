@@ -17,6 +17,9 @@ from hypothesis import HealthCheck, settings
 
 BUDGET_S, LONG_BUDGET_S = 240, 800
 
+# A job that a shell starts in the background ignores Ctrl-C, and so would every process that a test starts and stops.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
 
