@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ..version import __version__
 
+RESULTS = "benchmarks/results"  # in the checkout; what is measured there is no part of what is measured
+
 
 def commit() -> str:
     """Short commit of the checkout this package runs from, `-dirty` if changed; the version if it is installed."""
@@ -16,7 +18,8 @@ def commit() -> str:
     head = _git(package, "rev-parse", "--short=10", "HEAD")
     if head is None:
         return __version__
-    return head + ("-dirty" if _git(package, "status", "--porcelain", "--untracked-files=no") else "")
+    changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", ":/", f":/!{RESULTS}")
+    return head + ("-dirty" if changed else "")
 
 
 def _git(folder: Path, *args: str) -> str | None:
