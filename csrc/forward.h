@@ -9,8 +9,7 @@
 namespace flashformer {
 
 constexpr int kMaxStreams = 16;
-constexpr int64_t kBlockBytes = 4096;          // of a tile: computed while the next such block is prefetched
-constexpr int64_t kBlockBytesManyRows = 8192;  // the same where rows need several passes
+constexpr int64_t kBlockBytes = 8192;  // of a tile: computed while the next such block is prefetched
 // Where NaN or Inf was first seen: 2 * layer after its attention, 2 * layer + 1 after its feed-forward, -1 after the
 // embedding, 2 * n_layers in the logits.
 constexpr int64_t kNoPlace = INT64_MAX;

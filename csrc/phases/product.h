@@ -124,8 +124,7 @@ void product_tile(const Phase& phase, float* sums, const char* w, const In& in, 
   constexpr int R = W::kRowsAtOnce;
   const int64_t passes = (n_rows + R - 1) / R, line = (64 + passes - 1) / passes;
   const int64_t all = phase.tile_bytes / phase.group_bytes;
-  const int64_t most = (passes == 1 ? kBlockBytes : kBlockBytesManyRows) / phase.group_bytes;
-  const int64_t at_once = most > 0 ? most : 1;
+  const int64_t at_once = (kBlockBytes + phase.group_bytes - 1) / phase.group_bytes;
   for (int64_t i = 0; i < n_rows * kPad; i += kLanes) V::store(sums + i, V::zero());
   for (int64_t g = 0; g < all; g += at_once) {
     const int64_t count = all - g < at_once ? all - g : at_once, bytes = count * phase.group_bytes;
