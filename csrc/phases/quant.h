@@ -58,7 +58,7 @@ struct CodesInt8 {
   static constexpr AtOnce kAtOnce = V::kCodes;
   static constexpr int64_t kStep = 4;
   static constexpr int kBias = V::kByteBias;  // what `dot` takes codes to be off by
-  static typename V::I dot(typename V::I acc, typename V::Raw bytes, const int8_t* x) {
+  static typename V::I dot(typename V::I acc, typename V::Raw bytes, typename V::X4 x) {
     return V::dot_bytes(acc, bytes, x);
   }
   template <int H>
@@ -73,7 +73,7 @@ struct CodesInt4 {
   static constexpr AtOnce kAtOnce = V::kCodes;
   static constexpr int64_t kStep = 8;
   static constexpr int kBias = 8;
-  static typename V::I dot(typename V::I acc, typename V::Raw bytes, const int8_t* x) {
+  static typename V::I dot(typename V::I acc, typename V::Raw bytes, typename V::X4 x) {
     return V::dot_nibbles(acc, bytes, x);
   }
   template <int H>
@@ -88,7 +88,7 @@ struct CodesNf4 {
   static constexpr AtOnce kAtOnce = V::kLookups;
   static constexpr int64_t kStep = 8;
   static constexpr int kBias = V::kByteBias;
-  static typename V::I dot(typename V::I acc, typename V::Raw bytes, const int8_t* x) {
+  static typename V::I dot(typename V::I acc, typename V::Raw bytes, typename V::X4 x) {
     return V::dot_bytes(acc, bytes, x);
   }
   template <int H>
@@ -135,7 +135,8 @@ inline void four_k(typename V::I (&acc)[R][VS], const typename V::Raw (&weight)[
   typename V::Raw bytes[VS];
   for (int v = 0; v < VS; ++v) bytes[v] = C::template bytes<H>(weight[v]);
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < VS; ++v) acc[r][v] = C::dot(acc[r][v], bytes[v], x[r] + k);
+    const typename V::X4 four = V::broadcast4(x[r] + k);
+    for (int v = 0; v < VS; ++v) acc[r][v] = C::dot(acc[r][v], bytes[v], four);
   }
 }
 

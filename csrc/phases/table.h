@@ -27,7 +27,7 @@ const PhaseTable* table_for_kv(Format kv) {
 template <class V, template <class> class Codes>
 const PhaseTable* table_for_codes(Format kv, bool narrow) {
   if (!narrow) return table_for_kv<V, QuantWide<V, Codes>>(kv);
-  if constexpr (requires(typename V::I acc, typename V::Raw w, const int8_t* x) { V::dot_bytes(acc, w, x); }) {
+  if constexpr (requires(typename V::I acc, typename V::Raw w, typename V::X4 x) { V::dot_bytes(acc, w, x); }) {
     return table_for_kv<V, QuantNarrow<V, Codes>>(kv);
   }
   return nullptr;

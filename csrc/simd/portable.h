@@ -154,7 +154,9 @@ struct Portable {
   static F byte(Raw w) {
     return each([&](int i) { return __builtin_convertvector((w.q[i] >> (8 * B)) & 0xFFu, F4); });
   }
-  static I dot_bytes(I acc, Raw w, const int8_t* x) {
+  using X4 = const int8_t*;  // 4 int8 of a row
+  static X4 broadcast4(const int8_t* x) { return x; }
+  static I dot_bytes(I acc, Raw w, X4 x) {
     for (int i = 0; i < 4; ++i) {
       for (int j = 0; j < 4; ++j) {
         acc.q[i] += __builtin_convertvector((w.q[i] >> (8 * j)) & 0xFFu, I4) * static_cast<int32_t>(x[j]);
@@ -162,7 +164,7 @@ struct Portable {
     }
     return acc;
   }
-  static I dot_nibbles(I acc, Raw w, const int8_t* x) { return dot_bytes(acc, w, x); }
+  static I dot_nibbles(I acc, Raw w, X4 x) { return dot_bytes(acc, w, x); }
   static void prefetch(const char* p) { __builtin_prefetch(p); }
 
  private:

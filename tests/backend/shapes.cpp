@@ -34,7 +34,7 @@ void plain(const char* kind, const char* weights) {
 }
 
 template <class T>
-concept Narrow = requires(typename T::I acc, typename T::Raw w, const int8_t* x) { T::dot_bytes(acc, w, x); };
+concept Narrow = requires(typename T::I acc, typename T::Raw w, typename T::X4 x) { T::dot_bytes(acc, w, x); };
 
 template <template <class> class Codes>
 void quantized(const char* weights) {
