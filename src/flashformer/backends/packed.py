@@ -159,7 +159,7 @@ def key(program: Program, weights: Mapping[str, Tensor]) -> dict[str, Any] | Non
     matrices, vectors, roles = [], {}, {"embed"}
     for phase in program.phases:
         if (m := phase.matrix) is not None:
-            matrices.append([*m.roles, m.n_out, m.k, m.format.name, m.vectors, m.n_tiles, m.offset, m.order.value])
+            matrices.append([*m.roles, m.n_out, m.k, m.format.name, m.vectors, m.n_tiles, m.offset, m.order.value, m.layout.value])
             roles.update(m.roles)
         for name, vector in phase.vectors.items():
             vectors[vector.offset] = [*vector.roles, vector.length, name == "bias"]
