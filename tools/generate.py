@@ -1,4 +1,4 @@
-"""Writes csrc/generated/program.h from the Python definitions it mirrors; `--check` only compares."""
+"""Writes the C++ and CUDA mirrors of the Python definitions; `--check` only compares."""
 
 from __future__ import annotations
 
@@ -12,18 +12,29 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from flashformer.backends.base import ADJUST_COLUMNS, ROW_COLUMNS
 from flashformer.formats import FORMATS, NF4, QUANTS
+from flashformer.program import fragments
 from flashformer.program.ops import OPS
 from flashformer.program.records import ACTIVATIONS, CONSTANTS, QK_NORMS, RECORDS
 from flashformer.quantize import INT4_STEPS, INT4_ZP_SHARES, NF4_SHARES
 
-HEADER = Path(__file__).parents[1] / "csrc" / "generated" / "program.h"
+ROOT = Path(__file__).parents[1]
+HEADER = ROOT / "csrc" / "generated" / "program.h"
+DEVICE_HEADER = ROOT / "src" / "flashformer" / "backends" / "cuda" / "device" / "program.cuh"
 C_TYPES = {"<i8": "int64_t", "<f8": "double", "<i4": "int32_t", "<f4": "float", "<u8": "uint64_t"}
+DEVICE_TYPES = {"int64_t": "i64", "int32_t": "i32", "uint64_t": "u64", "double": "f64", "float": "f32"}
+WRITTEN = "// Written by tools/generate.py from src/flashformer/program/{ops,records}.py and formats.py. Do not edit."
 
 
 def camel(name: str) -> str:
     return "k" + re.sub(r"(?:^|_)(\w)", lambda m: m[1].upper(), name)
 
 
+DEVICE_CONSTANTS = {
+    "kTileOutputs": fragments.TILE_OUTPUTS,
+    "kSliceK": fragments.SLICE_K,
+    "kWarps": fragments.WARPS,
+    "kAlternate": fragments.ALTERNATE_WIDTH,
+}
 QUANT_TABLES: dict[str, Sequence[SupportsFloat]] = {
     "kInt4Steps": INT4_STEPS,
     "kInt4ZpShares": INT4_ZP_SHARES,
@@ -42,14 +53,38 @@ def enum(name: str, codes: dict[str, int]) -> list[str]:
 
 
 def generate() -> str:
+    columns = {**ROW_COLUMNS, **ADJUST_COLUMNS}
+    sizes = ", ".join(str(dtype.itemsize) for dtype in columns.values())
     lines = [
-        "// Written by tools/generate.py from src/flashformer/program/{ops,records}.py and formats.py. Do not edit.",
-        "#pragma once",
+        *(WRITTEN, "#pragma once", "", "#include <cstdint>", "", "namespace flashformer {", ""),
+        *enums(),
+        *(f"constexpr int64_t {name} = {value};" for name, value in CONSTANTS.items()),
         "",
-        "#include <cstdint>",
-        "",
-        "namespace flashformer {",
-        "",
+        "// quantize.py",
+        *(f"constexpr float {name}[] = {{{_floats(values)}}};" for name, values in QUANT_TABLES.items()),
+        *records(),
+        *("", "// The rows of a forward as the caller keeps them; see backends/base.py.", "struct RowArrays {"),
+        *(f"  {C_TYPES[dtype.str]}* {name};" for name, dtype in columns.items()),
+        *("};", f"constexpr int64_t kRowColumns = {len(ROW_COLUMNS)};  // with an entry per row"),
+        f"constexpr int64_t kColumnItemBytes[] = {{{sizes}}};",
+        *("", "}  // namespace flashformer", ""),
+    ]
+    return "\n".join(lines)
+
+
+def generate_device() -> str:
+    lines = [
+        *(WRITTEN, "#pragma once", "", '#include "layout.cuh"', "", "namespace flashformer {", ""),
+        *enums(),
+        *(f"constexpr int64_t {name} = {value};" for name, value in {**CONSTANTS, **DEVICE_CONSTANTS}.items()),
+        *records(),
+        *("", "}  // namespace flashformer", ""),
+    ]
+    return re.sub(r"\b(\w+)\b", lambda m: DEVICE_TYPES.get(m[1], m[1]), "\n".join(lines))
+
+
+def enums() -> list[str]:
+    return [
         "enum class Op : int64_t {",
         *(f"  {camel(info.op)} = {info.code},  // {info.does}" for info in OPS.values()),
         "};",
@@ -57,33 +92,27 @@ def generate() -> str:
         *enum("Format", {fmt.name.split("-")[0]: fmt.code for fmt in (*FORMATS.values(), *QUANTS.values())}),
         *enum("Activation", {activation.value: code for activation, code in ACTIVATIONS.items()}),
         *enum("QkNorm", {"none": 0, **{norm.value: code for norm, code in QK_NORMS.items()}}),
-        *(f"constexpr int64_t {name} = {value};" for name, value in CONSTANTS.items()),
-        "",
-        "// quantize.py",
-        *(f"constexpr float {name}[] = {{{_floats(values)}}};" for name, values in QUANT_TABLES.items()),
     ]
+
+
+def records() -> list[str]:
+    lines = []
     for name, dtype in RECORDS.items():
         fields = dict(dtype.fields or {})
         lines += ["", f"struct {name} {{"]
         lines += [f"  {C_TYPES[fields[f][0].str]} {f};" for f in dtype.names or ()]
         lines += ["};", f"static_assert(sizeof({name}) == {dtype.itemsize});"]
-    columns = {**ROW_COLUMNS, **ADJUST_COLUMNS}
-    lines += ["", "// The rows of a forward as the caller keeps them; see backends/base.py.", "struct RowArrays {"]
-    lines += [f"  {C_TYPES[dtype.str]}* {name};" for name, dtype in columns.items()]
-    lines += ["};", f"constexpr int64_t kRowColumns = {len(ROW_COLUMNS)};  // with an entry per row"]
-    sizes = ", ".join(str(dtype.itemsize) for dtype in columns.values())
-    lines += [f"constexpr int64_t kColumnItemBytes[] = {{{sizes}}};"]
-    return "\n".join([*lines, "", "}  // namespace flashformer", ""])
+    return lines
 
 
 def main() -> None:
-    text = generate()
-    if sys.argv[1:] == ["--check"]:
-        if not HEADER.exists() or HEADER.read_text() != text:
-            raise SystemExit(f"{HEADER.name} is stale: run python tools/generate.py")
-        return
-    HEADER.parent.mkdir(exist_ok=True)
-    HEADER.write_text(text)
+    for path, text in ((HEADER, generate()), (DEVICE_HEADER, generate_device())):
+        if sys.argv[1:] == ["--check"]:
+            if not path.exists() or path.read_text() != text:
+                raise SystemExit(f"{path.name} is stale: run python tools/generate.py")
+            continue
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -81,12 +81,13 @@ struct Model {
   int64_t logits;
   int64_t candidates;
   int64_t tokens;
+  int64_t merges;
   int64_t scratch;
   int64_t scratch_bytes;
   int64_t input_stride;
   int64_t work_bytes;
 };
-static_assert(sizeof(Model) == 272);
+static_assert(sizeof(Model) == 280);
 
 struct Phase {
   int64_t op;
@@ -121,6 +122,10 @@ struct Phase {
   int64_t qk_norm;
   int64_t q_norm;
   int64_t k_norm;
+  int64_t n_slices;
+  int64_t unit_k;
+  int64_t unit_bytes;
+  int64_t slot_units;
   double norm_eps;
   double scale;
   double fold_eps;
@@ -128,7 +133,7 @@ struct Phase {
   double attention_scale;
   double softcap;
 };
-static_assert(sizeof(Phase) == 304);
+static_assert(sizeof(Phase) == 336);
 
 struct Span {
   int64_t begin;

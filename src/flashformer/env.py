@@ -19,7 +19,10 @@ def isa() -> str | None:
 
 
 def cache_folder() -> Path | None:
-    """FLASHFORMER_CACHE: where packed weights are kept, `off` for nowhere; else below XDG_CACHE_HOME or ~/.cache."""
+    """FLASHFORMER_CACHE: where packed weights and compiled kernels are kept, `off` for nowhere.
+
+    Without it below XDG_CACHE_HOME or ~/.cache.
+    """
     value = os.environ.get("FLASHFORMER_CACHE")
     if value == "off":
         return None

@@ -23,6 +23,18 @@ def in_logits(program: Program) -> NumericalError:
     return _error("the logits", program.spec.n_layers)
 
 
+def at_place(program: Program, place: int) -> NumericalError:
+    """The error for the first place as kernels count them: -1 after the embedding, 2 * layer after its attention,
+    2 * layer + 1 after its feed-forward, 2 * n_layers in the logits.
+    """
+    if place == 2 * program.spec.n_layers:
+        return in_logits(program)
+    layer, op = (place // 2, Op.GATE_UP) if place % 2 == 0 else ((place + 1) // 2, Op.QKV)
+    if layer == program.spec.n_layers:
+        layer, op = -1, Op.LM_HEAD
+    return in_residual(program, next(p for p in program.phases if p.op is op and p.layer == layer))
+
+
 def _error(where: str, layer: int) -> NumericalError:
     return NumericalError(
         f"NaN or Inf appeared in {where}: expected finite numbers. The weights may be damaged, or overflow in their "

@@ -16,18 +16,16 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import env
 from ..checkpoint.files import shown
 from ..checkpoint.packed import AGAIN, PAGE, PackedFormats, PackedWeights, encode_header
 from ..checkpoint.tensor import Stored, Tensor
@@ -37,12 +35,12 @@ from ..log import log
 from ..program.ir import Program
 from ..program.pack import PACK_VERSION
 from ..quantize import INT4_STEPS, INT4_ZP_SHARES, NF4_SHARES
+from . import kept
 
 BLOCK_BYTES = 1 << 20
 MIN_BYTES = 64 << 20  # smaller weights are packed faster than a file is found
 MAX_IN_MEMORY = 1 << 20  # of a source tensor that is no part of a file, to be told by its content
 LOCK_S = 120.0  # another process may take so long to write the same file
-UNUSED_S = 30 * 24 * 3600.0  # a file that nobody used for so long goes when the next is written
 SUFFIX = ".ffpack"
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
@@ -63,17 +61,16 @@ class PackedFile:
     def map(self, native: Any, n_threads: int) -> Any | None:
         """The weights region as a mapping of the file; None if there is none, or none that can be trusted."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = kept.open_own(self.path)
         except FileNotFoundError:
             return None
         except OSError as e:
             log.warning("%s: cannot be opened (%s); packing again", self.path, e.strerror)
             return None
         try:
-            _require_own(os.fstat(fd), "the file")
+            kept.require_own(os.fstat(fd), "the file")
             region = self.checked(native, fd, n_threads)
-            with suppress(OSError):
-                os.utime(self.path)  # in use
+            kept.mark_used(self.path)
             return region
         except (OSError, RuntimeError, ValueError) as e:
             log.warning("%s: %s; packing again", self.path, e)
@@ -102,31 +99,30 @@ class PackedFile:
             raise ValueError("the header or the sums are damaged, or describe other weights")
         return np.frombuffer(tail[:n_sums], "<u8")
 
-    def put(self, native: Any, region: Any, n_threads: int, path: Path, mode: int) -> None:
-        """Writes all of it to `path`, a new file. Raises OSError."""
+    def parts(self, native: Any, region: Any, n_threads: int) -> tuple[Any, ...]:
+        """The buffers of the file, one after the other."""
         sums = block_sums(native, region, n_threads).astype("<u8").tobytes()
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
-            file.write(self.header)
-            file.write(region.array)
-            file.write(sums + hashlib.sha256(self.header + sums).digest())
+        return self.header, region.array, sums, hashlib.sha256(self.header + sums).digest()
+
+    def put(self, native: Any, region: Any, n_threads: int) -> None:
+        """Writes all of it to `path`, a new file for whoever the user lets read it. Raises OSError."""
+        with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+            for part in self.parts(native, region, n_threads):
+                file.write(part)
 
     def write(self, native: Any, region: Any, n_threads: int) -> None:
         """Leaves the file as it was, and says why, where it cannot be written."""
         folder, total = self.path.parent, len(self.header) + self.n_bytes
-        aside = folder / f"{self.path.stem}.{secrets.token_hex(8)}.tmp"
         try:
-            _remove_unused(folder)
+            kept.remove_unused(folder, SUFFIX)
             free = shutil.disk_usage(folder).free
             if free < total + (1 << 30):
                 log.warning("%s: packed weights need %d bytes, %d are free; not kept", folder, total, free)
                 return
             self.path.with_suffix(".lock").touch()
-            self.put(native, region, n_threads, aside, 0o600)
-            os.replace(aside, self.path)
+            kept.write_whole(self.path, self.parts(native, region, n_threads))
         except OSError as e:
-            log.warning("%s: %s after some of %d bytes; packed weights are not kept", aside, e.strerror, total)
-        finally:
-            aside.unlink(missing_ok=True)
+            log.warning("%s: %s after some of %d bytes; packed weights are not kept", self.path, e.strerror, total)
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
@@ -145,17 +141,9 @@ class PackedFile:
 
 def packed_file(program: Program, weights: Mapping[str, Tensor]) -> PackedFile | None:
     """The file for these weights; None where none is wanted or the cache folder cannot be used."""
-    if program.memory.weights_bytes < MIN_BYTES or (folder := env.cache_folder()) is None:
+    if program.memory.weights_bytes < MIN_BYTES or (document := key(program, weights)) is None:
         return None
-    document = key(program, weights)
-    if document is None:
-        return None
-    try:
-        folder = folder / "packed"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_own(folder.stat(), "the folder")
-    except (OSError, ValueError) as e:
-        log.warning("%s: packed weights are not kept: %s", folder, e)
+    if (folder := kept.own_folder("packed", "packed weights are")) is None:
         return None
     header = encode_header(document)
     name = hashlib.sha256(header).hexdigest()[:32] + SUFFIX
@@ -179,7 +167,8 @@ def layout(program: Program) -> dict[str, Any]:
     matrices, vectors = [], {}
     for phase in program.phases:
         if (m := phase.matrix) is not None:
-            matrices.append([*m.roles, m.n_out, m.k, m.format.name, m.vectors, m.n_tiles, m.offset, m.order.value])
+            how = (m.format.name, m.layout.value, m.vectors, m.n_tiles)
+            matrices.append([*m.roles, m.n_out, m.k, *how, m.offset, m.order.value])
         for name, vector in phase.vectors.items():
             vectors[str(vector.offset)] = [*vector.roles, vector.length, name == "bias"]
     return {
@@ -263,7 +252,7 @@ def write_given(
         "original": original,
         "error": dict(error),
     }
-    PackedFile(path, encode_header(document), len(region.array)).put(native, region, n_threads, path, 0o666)
+    PackedFile(path, encode_header(document), len(region.array)).put(native, region, n_threads)
 
 
 def given_bytes(program: Program) -> int:
@@ -313,24 +302,3 @@ def _locked(fd: int) -> bool:
             if time.monotonic() > end:
                 return False
             time.sleep(0.05)
-
-
-def _require_own(stat: os.stat_result, what: str) -> None:
-    """Raises ValueError if others could have written it."""
-    if stat.st_uid != os.geteuid():
-        raise ValueError(f"{what} belongs to another user ({stat.st_uid})")
-    if stat.st_mode & 0o022:
-        raise ValueError(f"others may write to {what} (mode {stat.st_mode & 0o777:o})")
-
-
-def _remove_unused(folder: Path) -> None:
-    """Removes what was last used long before the latest use of anything here."""
-    used: dict[Path, float] = {}
-    for path in folder.iterdir():
-        with suppress(OSError):
-            used[path] = path.stat().st_mtime
-    for path, last in used.items():
-        limit = UNUSED_S if path.suffix == SUFFIX else 24 * 3600.0
-        if max(used.values()) - last > limit:
-            with suppress(OSError):
-                path.unlink()

@@ -10,15 +10,23 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..model.spec import MAX_HEAD_DIM, QkNorm
-from ..program.ir import LANES, MAX_HEAD_ROWS, Op, Order, PackedMatrix, Phase, Program, Space
-from ..program.memory import branches, head_dim_padded, input_stride, layer_kv_elements, rope_offsets, scratch_bytes
+from ..program.ir import LANES, MAX_HEAD_ROWS, Layout, Op, Order, PackedMatrix, Phase, Program, Space
+from ..program.memory import (
+    branches,
+    head_dim_padded,
+    input_stride,
+    layer_kv_elements,
+    merges,
+    rope_offsets,
+    scratch_bytes,
+)
 from ..program.ops import EMBED_BLOCK, OPS, attend_units, n_chunks, qkv_width
 from ..program.pack import row_map
 from .facts import Finding, phase_name, task_name
 
 RULE = "bounds"
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-TILE_VECTORS = (1, 2, 4)
+TILE_VECTORS = {Layout.LANES: (1, 2, 4), Layout.FRAGMENTS: (1,)}
 MAX_STREAMS = 16
 
 
@@ -132,11 +140,14 @@ def _matrices(program: Program) -> Iterator[str]:
         head = phase.op is Op.LM_HEAD
         if matrix.format != (wanted := program.target.head_format if head else program.target.body_format):
             yield f"{name}: weights in {matrix.format.name}, expected {wanted.name}"
-        if matrix.vectors not in TILE_VECTORS:
-            yield f"{name}: {matrix.vectors} vectors per tile, expected one of {TILE_VECTORS}"
-        if matrix.k_padded > input_stride(program.spec):
+        if matrix.layout is not program.target.layout:
+            yield f"{name}: laid out in {matrix.layout.value}, expected {program.target.layout.value}"
+        lanes = matrix.layout is Layout.LANES
+        if matrix.vectors not in (allowed := TILE_VECTORS[matrix.layout]):
+            yield f"{name}: {matrix.vectors} vectors per tile, expected one of {allowed}"
+        if lanes and matrix.k_padded > input_stride(program.spec):
             yield f"{name}: rows of {matrix.k_padded} elements, but inputs lie {input_stride(program.spec)} apart"
-        if phase.op is Op.GATE_UP and matrix.vectors % 2:
+        if lanes and phase.op is Op.GATE_UP and matrix.vectors % 2:
             yield f"{name}: {matrix.vectors} vectors per tile, expected an even number: gate beside up"
         if matrix.order is not (order := Order.ALTERNATE if phase.op is Op.GATE_UP else Order.PLAIN):
             yield f"{name}: outputs in order {matrix.order.value}, expected {order.value}"
@@ -191,7 +202,7 @@ def _weights(program: Program) -> Iterator[str]:
     ranges = _weight_ranges(program)
     yield from _placed(ranges, program.memory.weights_bytes, "the weights")
     tiles = [r for r in ranges if r.name.endswith("tiles")]
-    if tiles and max(r.end for r in tiles) != program.packed_bytes:
+    if tiles and -(-max(r.end for r in tiles) // ALIGNMENT) * ALIGNMENT != program.packed_bytes:
         yield f"packed_bytes is {program.packed_bytes}, but the tiles end at {max(r.end for r in tiles)}"
     for found in ranges:
         if found not in tiles and found.begin < program.packed_bytes:
@@ -233,11 +244,15 @@ def _buffers(program: Program) -> Iterator[str]:
         extra = 2 if space is Space.PARTIAL else 0  # the maximum and the sum follow whole vectors
         if (stride - extra) % whole:
             yield f"buffer {space.value} has {stride} elements per row, expected a multiple of {whole} plus {extra}"
-        if space is Space.PARTIAL and stride != (heads := max(map(head_dim_padded, program.spec.layers)) + extra):
+        if space is Space.PARTIAL and stride != (heads := _widest_head(program) + extra):
             yield f"buffer {space.value} has {stride} elements per row, expected {heads}: scratch is laid out by it"
     ranges = [Range(f"buffer {b.space.value}", b.offset, b.offset + b.n_bytes) for b in memory.buffers]
     behind = memory.rope_bytes + memory.scratch_bytes * target.n_workers
     yield from _placed(ranges, memory.buffers_bytes - behind, "the arena before rope table and scratch")
+
+
+def _widest_head(program: Program) -> int:
+    return max(head_dim_padded(layer, program.target.layout) for layer in program.spec.layers)
 
 
 def _needed(program: Program) -> dict[Space, tuple[int, int, int, int]]:
@@ -263,13 +278,14 @@ def _needed(program: Program) -> dict[Space, tuple[int, int, int, int]]:
         Space.LOGITS: (MAX_HEAD_ROWS, outputs.get(Op.LM_HEAD, 0), 4, aligned),
         Space.CANDIDATES: (target.n_workers, MAX_HEAD_ROWS, 8, 1),
         Space.TOKENS: (1, MAX_HEAD_ROWS, 4, 1),
+        **{space: (*shape, element_bytes, 1) for space, shape, element_bytes in merges(program.spec, target)},
     }
 
 
 def _sizes(program: Program) -> Iterator[str]:
     """KV cache, scratch and rope table hold what their layouts say."""
     spec, target, memory = program.spec, program.target, program.memory
-    elements = sum(layer_kv_elements(layer, target) for layer in spec.layers)
+    elements = sum(sum(layer_kv_elements(layer, target)) for layer in spec.layers)
     _, rope = rope_offsets(spec, target.ctx)
     for name, found, least in (
         ("kv_bytes", memory.kv_bytes, elements * target.kv_format.element_bytes),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from ..program.ir import Op, Program, Space, TapeItem
@@ -117,17 +119,18 @@ def _element(program: Program, index: int, space: Space, at: int, facts: PhaseFa
 
 
 def tapes(program: Program) -> list[Finding]:
-    """A worker's tape is the byte ranges of its non-empty spans in phase order."""
+    """A worker's tape is the byte ranges of its non-empty spans in phase order; together they are every byte once."""
     findings = []
+    read = sorted((item.begin, item.end) for tape in program.tapes for item in tape)
+    total = sum(phase.matrix.n_bytes for phase in program.phases if phase.matrix)
+    if sum(end - begin for begin, end in read) != total or any(b[0] < a[1] for a, b in pairwise(read)):
+        findings.append(Finding(RULE, f"the tapes do not read each of the {total} bytes of tiles once"))
     for worker, tape in enumerate(program.tapes):
         expected = tuple(
-            TapeItem(
-                index,
-                phase.matrix.offset + phase.spans[worker].begin * phase.matrix.tile_bytes,
-                phase.matrix.offset + phase.spans[worker].end * phase.matrix.tile_bytes,
-            )
+            TapeItem(index, *ends)
             for index, phase in enumerate(program.phases)
             if phase.matrix and len(phase.spans[worker])
+            for ends in phase.matrix.ranges(phase.spans[worker].begin, phase.spans[worker].end)
         )
         if tape != expected:
             pairs = zip(tape, expected, strict=False)

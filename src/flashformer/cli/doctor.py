@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..backends.cpu import topology
-from ..backends.registry import native_isa
+from ..backends.registry import describe_cuda, native_isa
 from ..engine import Diagnosis, Options, diagnose
 from ..engine.stats import peak_rss_bytes
 from ..env import isa as requested_isa
@@ -67,6 +67,7 @@ def describe_machine() -> dict[str, object]:
         "cpu": cpu.model,
         "cpu_features": list(cpu.features),
         "llc_bytes": topology.last_level_cache_bytes(),
+        **describe_cuda(),
         "affinity": sorted(allowed),
         "physical_cores": len(topology.physical_cores(allowed)),
         "quota_cpus": quota.value if quota else None,

@@ -24,6 +24,7 @@ QUANT_HELP = f"none, {', '.join(QUANT_NAMES)}, or with a group such as int4-g128
 class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
+    CUDA = "cuda"
 
 
 class Dtype(StrEnum):

@@ -83,9 +83,9 @@ def make_plan(name: str, program: Program, setup: Setup, asked: Defaults, *, isa
     return Plan(
         model=name,
         device=setup.device,
-        isa=None if isa is None else str(isa),
+        isa=setup.gpu.facts.arch if setup.gpu else None if isa is None else str(isa),
         threads=target.n_workers,
-        threads_why=setup.threads.why,
+        threads_why=setup.workers_why,
         dtype=target.weight_format.name,
         quant=target.body_quant.name if target.body_quant else "none",
         head_quant=target.head_quant.name if target.head_quant else "none",

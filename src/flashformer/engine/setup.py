@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..backends.cpu import topology
-from ..backends.registry import PROMPT_CHUNK, resolve_device
+from ..backends.registry import PROMPT_CHUNK, choose_gpu, require_device
 from ..checkpoint import PackedFormats
 from ..errors import LoadError, RequestError
 from ..formats import F32, FORMATS, QUANT_NAMES, QUANTS, Format, find_quant
 from ..model.spec import ModelSpec, RopeKind
-from ..program.ir import KEY_CHUNK, MAX_HEAD_ROWS, Memory, Target
+from ..program.ir import KEY_CHUNK, MAX_HEAD_ROWS, Layout, Memory, Target
 from .request import LIMITS, flag, integer
+
+if TYPE_CHECKING:
+    from ..backends.cuda.driver import GpuInfo
 
 DEFAULT_CTX = 8192
 HEAD_QUANT = QUANTS["int8-g128"]  # of lm_head where the layers have fewer bits: there an error is an error of a token
@@ -55,29 +59,42 @@ class Setup:
     device: str
     target: Target
     prompt_chunk: int
-    threads: topology.Threads
+    threads: topology.Threads  # of this machine; the workers of the CPU kernel
     ctx_why: str
     free: topology.Limit | None  # memory free when this was decided
+    gpu: GpuInfo | None = None  # that it runs on
+
+    @property
+    def workers_why(self) -> str:
+        """Why there are so many workers."""
+        return f"one for each multiprocessor of {self.gpu.summary}" if self.gpu else self.threads.why
 
 
 def set_up(spec: ModelSpec, stored: Format, options: Options, packed: PackedFormats | None = None) -> Setup:
-    """Chooses threads, formats and context; formats only where the weights are not `packed` already.
+    """Chooses device, threads, formats and context; formats only where the weights are not `packed` already.
 
     Raises RequestError, LoadError, DeviceError.
     """
-    device = resolve_device(options.device)
-    threads = topology.choose_threads(options.threads)
+    require_device(options.device)
     formats = _formats(stored, options) if packed is None else _packed_formats(packed, options)
+    allowed = options.device if packed is None or options.device != "auto" else "cpu"  # lanes, as it was packed
+    gpu = choose_gpu(allowed, spec, lambda found: _set_up(spec, formats, options, "cuda", found).target)
+    device = "cuda" if gpu else "cpu" if options.device == "auto" else options.device
+    return _set_up(spec, formats, options, device, gpu)
+
+
+def _set_up(spec: ModelSpec, formats: PackedFormats, options: Options, device: str, gpu: GpuInfo | None) -> Setup:
+    threads = topology.choose_threads(options.threads)
     weight_format = formats.weights
     kv_format = FORMATS[options.kv_dtype or ("f32" if weight_format is F32 else "bf16")]
-    chunk = PROMPT_CHUNK if options.prompt_chunk is None else options.prompt_chunk
-    free = topology.free_memory()
+    chunk = PROMPT_CHUNK[device] if options.prompt_chunk is None else options.prompt_chunk
+    free = topology.Limit(gpu.memory_bytes, gpu.facts.name) if gpu else topology.free_memory()
     ctx, ctx_why = _context(spec, options, kv_format, free)
     by_length = sorted({rope.kind.value for rope in spec.ropes if rope.kind in RopeKind.of_length()})
     if by_length:
         ctx_why += f"; {', '.join(by_length)} rotation as for a sequence of this length, whatever a prompt has"
     target = Target(
-        n_workers=threads.n,
+        n_workers=gpu.facts.n_sm if gpu else threads.n,
         weight_format=weight_format,
         kv_format=kv_format,
         rows=max(chunk, MAX_HEAD_ROWS),
@@ -86,8 +103,9 @@ def set_up(spec: ModelSpec, stored: Format, options: Options, packed: PackedForm
         exact=options.exact,
         body_quant=formats.body_quant,
         head_quant=formats.head_quant,
+        layout=Layout.FRAGMENTS if gpu else Layout.LANES,
     )
-    return Setup(device, target, chunk, threads, ctx_why, free)
+    return Setup(device, target, chunk, threads, ctx_why, free, gpu)
 
 
 def _formats(stored: Format, options: Options) -> PackedFormats:

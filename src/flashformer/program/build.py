@@ -15,12 +15,12 @@ from .tape import make_tapes
 
 def build(spec: ModelSpec, target: Target) -> Program:
     """Lowers, splits, places and synchronises. The result is unproved: hand it to `check`."""
-    layout = lower(spec, target)
+    lowered = lower(spec, target)
     dealer = Dealer(target.n_workers)
-    waits = full_barriers(len(layout.phases), target.n_workers)
+    waits = full_barriers(len(lowered.phases), target.n_workers)
     phases = tuple(
         replace(phase, spans=_spans(phase, dealer), waits=wait)
-        for phase, wait in zip(layout.phases, waits, strict=True)
+        for phase, wait in zip(lowered.phases, waits, strict=True)
     )
     return Program(
         spec=spec,
@@ -28,9 +28,9 @@ def build(spec: ModelSpec, target: Target) -> Program:
         phases=phases,
         head_begin=next(i for i, phase in enumerate(phases) if phase.op is Op.LM_HEAD),
         tapes=make_tapes(phases, target.n_workers),
-        packed_bytes=layout.packed_bytes,
-        embed_offset=layout.embed_offset,
-        memory=plan_memory(spec, target, layout.weights_bytes),
+        packed_bytes=lowered.packed_bytes,
+        embed_offset=lowered.embed_offset,
+        memory=plan_memory(spec, target, lowered.weights_bytes),
     )
 
 

@@ -20,10 +20,18 @@ from enum import StrEnum
 
 from ..formats import Format
 from ..model.spec import ModelSpec
+from . import fragments
 
 LANES = 16  # outputs in a vector
 KEY_CHUNK = 256  # absolute key positions per attention chunk
 MAX_HEAD_ROWS = 16  # rows of one forward that may want a token or logits
+
+
+class Layout(StrEnum):
+    """How matrices, keys and values lie in memory, by what reads them."""
+
+    LANES = "lanes"  # CPU vectors: a lane owns an output (pack.py)
+    FRAGMENTS = "fragments"  # tensor cores (fragments.py)
 
 
 class Op(StrEnum):
@@ -50,6 +58,7 @@ class Space(StrEnum):
     LOGITS = "logits"  # (MAX_HEAD_ROWS, vocab_size) f32
     CANDIDATES = "candidates"  # (workers, MAX_HEAD_ROWS) best score f32 and its token id i32
     TOKENS = "tokens"  # (MAX_HEAD_ROWS) i32, the result
+    MERGES = "merges"  # (streams, n_kv_heads) i32 chunks that are done; of layouts in which attention merges them
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Order(StrEnum):
     """How packed outputs follow from the rows of the stacked sources."""
 
     PLAIN = "plain"
-    ALTERNATE = "alternate"  # 16 rows of the first source, 16 of the second, ...
+    ALTERNATE = "alternate"  # some rows of the first source, as many of the second, ... (PackedMatrix.alternate)
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,12 @@ class PackedMatrix:
     n_tiles: int
     offset: int  # bytes from the start of the packed weights, a multiple of 64
     order: Order = Order.PLAIN
+    layout: Layout = Layout.LANES
+
+    @property
+    def alternate(self) -> int:
+        """Rows of one source beside as many of the next."""
+        return LANES if self.layout is Layout.LANES else fragments.ALTERNATE_WIDTH
 
     @property
     def tile_outputs(self) -> int:
@@ -94,11 +109,27 @@ class PackedMatrix:
 
     @property
     def k_padded(self) -> int:
-        return -(-self.k // self.format.k_multiple) * self.format.k_multiple
+        multiple = self.format.k_multiple if self.layout is Layout.LANES else fragments.unit_k(self.format)
+        return -(-self.k // multiple) * multiple
+
+    @property
+    def item_bytes(self) -> tuple[int, ...]:
+        """Of each slice of a tile. A matrix is all tiles of the first slice, then of the next, ..."""
+        if self.layout is Layout.LANES:
+            return (self.k_padded // self.format.k_multiple * self.format.group_bytes(self.vectors),)
+        return tuple(fragments.item_bytes(*ends, self.format) for ends in fragments.slices(self.k, self.format))
 
     @property
     def tile_bytes(self) -> int:
-        return self.k_padded // self.format.k_multiple * self.format.group_bytes(self.vectors)
+        return sum(self.item_bytes)
+
+    def ranges(self, begin: int, end: int) -> tuple[tuple[int, int], ...]:
+        """Bytes [begin, end) of tiles [begin, end) in every slice, from the start of the packed weights."""
+        found, at = [], self.offset
+        for size in self.item_bytes:
+            found.append((at + begin * size, at + end * size))
+            at += self.n_tiles * size
+        return tuple(found)
 
     @property
     def n_bytes(self) -> int:
@@ -192,6 +223,7 @@ class Target:
     exact: bool = False  # activations stay fp32 at the input of products
     body_quant: Format | None = None  # of the matrices of the layers
     head_quant: Format | None = None  # of lm_head, and so of a tied embedding
+    layout: Layout = Layout.LANES
 
     @property
     def body_format(self) -> Format:

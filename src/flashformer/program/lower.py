@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..formats import Format
 from ..model.spec import LayerSpec, ModelSpec, QkNorm
-from .ir import MAX_HEAD_ROWS, Fold, Op, Order, PackedMatrix, Phase, Space, Target, Vector
+from .ir import MAX_HEAD_ROWS, Fold, Layout, Op, Order, PackedMatrix, Phase, Space, Target, Vector
 from .ops import EMBED_BLOCK, attend_units, qkv_width
 from .split import tile_count, tile_vectors
 
@@ -14,7 +14,7 @@ VECTOR_PAD = 64  # floats; every row of activations is padded to this too
 
 
 @dataclass(frozen=True)
-class Layout:
+class Lowered:
     """The whole weights region."""
 
     phases: tuple[Phase, ...]  # not yet split
@@ -30,20 +30,20 @@ def padded(n: int) -> int:
 class _Placer:
     """Hands out offsets: matrices first, in phase order; vectors after the embedding, once that is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.end = 0
 
     def matrix(
         self, roles: tuple[str, ...], n_out: int, k: int, fmt: Format, order: Order = Order.PLAIN
     ) -> PackedMatrix:
-        if order is Order.ALTERNATE:  # both halves padded to whole vectors
-            vectors = tile_vectors(n_out, even=True)
-            n_tiles = tile_count(2 * tile_count(n_out // 2, 1) * 16, vectors)
-        else:
-            vectors = tile_vectors(n_out)
-            n_tiles = tile_count(n_out, vectors)
-        placed = PackedMatrix(roles, n_out, k, fmt, vectors, n_tiles, self.end, order)
-        self.end += placed.n_bytes
+        alternate, lanes = order is Order.ALTERNATE, self.layout is Layout.LANES
+        vectors = tile_vectors(n_out, even=alternate) if lanes else 1
+        placed = PackedMatrix(roles, n_out, k, fmt, vectors, 0, self.end, order, self.layout)
+        if alternate:  # both halves padded to whole runs
+            n_out = 2 * -(-n_out // 2 // placed.alternate) * placed.alternate
+        placed = replace(placed, n_tiles=tile_count(n_out, vectors))
+        self.end += -(-placed.n_bytes // 64) * 64
         return placed
 
     def vector(self, roles: tuple[str, ...], n: int) -> Vector:
@@ -52,8 +52,8 @@ class _Placer:
         return placed
 
 
-def lower(spec: ModelSpec, target: Target) -> Layout:
-    place = _Placer()
+def lower(spec: ModelSpec, target: Target) -> Lowered:
+    place = _Placer(target.layout)
     matrices = [_layer_matrices(place, spec, i, layer, target.body_format) for i, layer in enumerate(spec.layers)]
     head = place.matrix(("embed",) if spec.tied else ("lm_head",), spec.vocab_size, spec.d_model, target.head_format)
     packed_bytes = place.end
@@ -82,7 +82,7 @@ def lower(spec: ModelSpec, target: Target) -> Layout:
         )
     )
     phases.append(Phase(Op.SAMPLE, -1, MAX_HEAD_ROWS))
-    return Layout(tuple(phases), packed_bytes, embed_offset, place.end)
+    return Lowered(tuple(phases), packed_bytes, embed_offset, place.end)
 
 
 def _layer_phases(

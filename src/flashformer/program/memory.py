@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from ..model.spec import LayerSpec, ModelSpec, RopeSpec
-from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Memory, Space, Target
+from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Layout, Memory, Space, Target
 from .lower import padded
 from .ops import n_chunks, qkv_width
 from .split import tile_vectors
 
 MOST_K_MULTIPLE = 128  # of the formats: inputs of products are padded to whole groups in place
 SCORE_ROWS = 4  # (row, head) pairs that attention takes at once
+FRAGMENT_DIM = 32  # elements of a head that a pair of matrix instructions takes
 
 
-def ctx_padded(ctx: int) -> int:
-    """Keys are stored in blocks of 16 positions."""
-    return -(-ctx // LANES) * LANES
+def ctx_padded(target: Target) -> int:
+    """Keys are stored in blocks of 16 positions; in fragments, values in chunks."""
+    block = LANES if target.layout is Layout.LANES else KEY_CHUNK
+    return -(-target.ctx // block) * block
 
 
-def head_dim_padded(layer: LayerSpec) -> int:
-    """Values are stored in whole vectors."""
-    return -(-layer.head_dim // LANES) * LANES
+def head_dim_padded(layer: LayerSpec, layout: Layout) -> int:
+    """Values are stored in whole vectors; in fragments, keys too."""
+    width = LANES if layout is Layout.LANES else FRAGMENT_DIM
+    return -(-layer.head_dim // width) * width
 
 
-def layer_kv_elements(layer: LayerSpec, target: Target) -> int:
-    """Keys (streams, n_kv_heads, ctx/16, head_dim, 16), then values (streams, n_kv_heads, ctx, head_dim padded)."""
-    per_position = layer.head_dim + head_dim_padded(layer)
-    elements = target.streams * layer.n_kv_heads * ctx_padded(target.ctx) * per_position
-    return padded(elements)
+def layer_kv_elements(layer: LayerSpec, target: Target) -> tuple[int, int]:
+    """Of keys and of values.
+
+    Lanes: (streams, n_kv_heads, ctx/16, head_dim, 16) and (streams, n_kv_heads, ctx, head_dim padded). Fragments:
+    (streams, n_kv_heads, ctx, head_dim padded) and (streams, n_kv_heads, chunks, head_dim padded, 256).
+    """
+    lanes, padded_dim = target.layout is Layout.LANES, head_dim_padded(layer, target.layout)
+    positions = target.streams * layer.n_kv_heads * ctx_padded(target)
+    keys = positions * (layer.head_dim if lanes else padded_dim)
+    return keys, padded(keys + positions * padded_dim) - keys
 
 
 def input_stride(spec: ModelSpec) -> int:
@@ -47,7 +55,9 @@ def scratch_bytes(spec: ModelSpec, target: Target) -> int:
     the residual with its fold (d_model), rotated heads (SCORE_ROWS, head_dim), factors of folds and of norms over all
     heads (rows, 2), scales and sums of groups of quantized inputs (rows, group_stride, 2); all f32 or i32.
     """
-    heads = SCORE_ROWS * max(head_dim_padded(la) for la in spec.layers)
+    if target.layout is Layout.FRAGMENTS:
+        return 0  # in shared memory
+    heads = SCORE_ROWS * max(head_dim_padded(la, target.layout) for la in spec.layers)
     per_row = target.rows * (input_stride(spec) + 4 * LANES + 2 + 2 * group_stride(spec))
     return -(-4 * (per_row + SCORE_ROWS * KEY_CHUNK + padded(spec.d_model) + heads) // 64) * 64
 
@@ -55,6 +65,13 @@ def scratch_bytes(spec: ModelSpec, target: Target) -> int:
 def branches(spec: ModelSpec) -> tuple[Space, ...]:
     """The buffers of branches whose norm comes after them, where there are such."""
     return (Space.ATTENTION_OUT, Space.FFN_OUT) if any(la.post_norm for la in spec.layers) else ()
+
+
+def merges(spec: ModelSpec, target: Target) -> tuple[tuple[Space, tuple[int, int], int], ...]:
+    """The counters of attention where it merges its chunks itself."""
+    if target.layout is Layout.LANES:
+        return ()
+    return ((Space.MERGES, (target.streams, max(la.n_kv_heads for la in spec.layers)), 4),)
 
 
 def rope_offsets(spec: ModelSpec, ctx: int) -> tuple[dict[RopeSpec, int], int]:
@@ -69,8 +86,8 @@ def rope_offsets(spec: ModelSpec, ctx: int) -> tuple[dict[RopeSpec, int], int]:
 def plan_memory(spec: ModelSpec, target: Target, weights_bytes: int) -> Memory:
     layers, rows, chunks = spec.layers, target.rows, n_chunks(target.ctx)
     heads = max(la.n_heads for la in layers)
-    head_dim = max(head_dim_padded(la) for la in layers)
-    head_vectors = tile_vectors(spec.vocab_size)
+    head_dim = max(head_dim_padded(la, target.layout) for la in layers)
+    head_vectors = tile_vectors(spec.vocab_size)  # tiles of fragments are smaller
     vocab = -(-spec.vocab_size // (head_vectors * LANES)) * head_vectors * LANES
     shapes: list[tuple[Space, tuple[int, ...], int]] = [
         (Space.RESIDUAL, (rows, padded(spec.d_model)), 4),
@@ -81,6 +98,7 @@ def plan_memory(spec: ModelSpec, target: Target, weights_bytes: int) -> Memory:
         (Space.LOGITS, (MAX_HEAD_ROWS, vocab), 4),
         (Space.CANDIDATES, (target.n_workers, MAX_HEAD_ROWS), 8),
         (Space.TOKENS, (MAX_HEAD_ROWS,), 4),
+        *merges(spec, target),
     ]
     buffers: list[Buffer] = []
     end = 0
@@ -91,7 +109,7 @@ def plan_memory(spec: ModelSpec, target: Target, weights_bytes: int) -> Memory:
     scratch = scratch_bytes(spec, target)
     return Memory(
         weights_bytes=weights_bytes,
-        kv_bytes=sum(layer_kv_elements(la, target) for la in layers) * target.kv_format.element_bytes,
+        kv_bytes=sum(sum(layer_kv_elements(la, target)) for la in layers) * target.kv_format.element_bytes,
         buffers=tuple(buffers),
         scratch_bytes=scratch,
         rope_bytes=rope,

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model.spec import MAX_HEAD_DIM, Activation, QkNorm
-from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Op, Phase, Program, Space
+from . import fragments
+from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Layout, Op, Phase, Program, Space
 from .lower import VECTOR_PAD, padded
 from .memory import SCORE_ROWS, ctx_padded, group_stride, head_dim_padded, input_stride, layer_kv_elements, rope_offsets
 from .ops import EMBED_BLOCK, OPS, n_chunks
@@ -27,7 +28,7 @@ MODEL = np.dtype(
             "d_model", "d_model_stride", "qkv_stride", "hidden_stride", "vocab_size", "logits_stride",
             "n_heads_max", "partial_stride", "n_layers", "embed_format", "kv_format", "exact", "group_stride",
             "embed_offset", "embed_phase", "residual", "qkv", "partial", "hidden", "logits", "candidates",
-            "tokens", "scratch", "scratch_bytes", "input_stride", "work_bytes",
+            "tokens", "merges", "scratch", "scratch_bytes", "input_stride", "work_bytes",
         )
     ]
 )  # fmt: skip
@@ -41,6 +42,7 @@ PHASE = np.dtype(
             "norm", "bias", "fold", "fold_norm", "to", "activation",
             "n_heads", "n_kv_heads", "head_dim", "head_dim_padded", "window", "keys", "values",
             "rope", "rotary_dim", "qk_norm", "q_norm", "k_norm",
+            "n_slices", "unit_k", "unit_bytes", "slot_units",
         )
     ]
     + [(name, "<f8") for name in ("norm_eps", "scale", "fold_eps", "fold_scale", "attention_scale", "softcap")]
@@ -95,6 +97,10 @@ def _phase_record(program: Program, phase: Phase, record: np.void) -> None:
         fmt = matrix.format
         record["format"], record["group_bytes"] = fmt.code, fmt.group_bytes(matrix.vectors)
         record["scale_group"], record["zero_points"], record["zero"] = fmt.scale_group, fmt.zero_points, fmt.zero
+        record["n_slices"] = len(matrix.item_bytes)
+        if matrix.layout is Layout.FRAGMENTS:
+            record["unit_k"], record["unit_bytes"] = fragments.unit_k(fmt), fragments.unit_bytes(fmt)
+            record["slot_units"] = fragments.slot_units(fmt)
     record["to"] = -1 if phase.to is Space.RESIDUAL else buffers[phase.to]
     record["fold"] = record["fold_norm"] = record["rope"] = -1
     if (fold := phase.fold) is not None:
@@ -106,7 +112,7 @@ def _phase_record(program: Program, phase: Phase, record: np.void) -> None:
         layer = program.spec.layers[phase.layer]
         for name in ("n_heads", "n_kv_heads", "head_dim", "attention_scale"):
             record[name] = getattr(layer, name)
-        record["head_dim_padded"] = head_dim_padded(layer)
+        record["head_dim_padded"] = head_dim_padded(layer, program.target.layout)
         record["activation"] = ACTIVATIONS[layer.activation]
         record["window"], record["softcap"] = layer.window or program.target.ctx, layer.score_softcap or 0
         record["qk_norm"] = QK_NORMS[layer.qk_norm] if layer.qk_norm else 0
@@ -125,10 +131,10 @@ def _kv_offsets(program: Program) -> list[tuple[int, int]]:
     offsets, end = [], 0
     target = program.target
     for layer in program.spec.layers:
-        keys = target.streams * layer.n_kv_heads * ctx_padded(target.ctx) * layer.head_dim
+        keys, values = layer_kv_elements(layer, target)
         size = target.kv_format.element_bytes
         offsets.append((end * size, (end + keys) * size))
-        end += layer_kv_elements(layer, target)
+        end += keys + values
     return offsets
 
 
@@ -142,7 +148,7 @@ def _model_record(program: Program) -> NDArray[np.void]:
         "rows": target.rows,
         "streams": target.streams,
         "ctx": target.ctx,
-        "ctx_padded": ctx_padded(target.ctx),
+        "ctx_padded": ctx_padded(target),
         "chunks": n_chunks(target.ctx),
         "d_model": spec.d_model,
         "d_model_stride": padded(spec.d_model),
@@ -163,6 +169,7 @@ def _model_record(program: Program) -> NDArray[np.void]:
         "scratch_bytes": memory.scratch_bytes,
         "input_stride": input_stride(spec),
         "work_bytes": memory.buffers_bytes,
+        "merges": buffers[Space.MERGES].offset if Space.MERGES in buffers else -1,
     }
     for name in ("residual", "qkv", "partial", "hidden", "logits", "candidates", "tokens"):
         values[name] = buffers[Space(name)].offset

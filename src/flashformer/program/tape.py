@@ -12,8 +12,7 @@ def make_tapes(phases: Sequence[Phase], n_workers: int) -> tuple[tuple[TapeItem,
     for index, phase in enumerate(phases):
         if phase.matrix is None:
             continue
-        base, size = phase.matrix.offset, phase.matrix.tile_bytes
         for worker, span in enumerate(phase.spans):
             if len(span):
-                tapes[worker].append(TapeItem(index, base + span.begin * size, base + span.end * size))
+                tapes[worker] += [TapeItem(index, *ends) for ends in phase.matrix.ranges(span.begin, span.end)]
     return tuple(map(tuple, tapes))

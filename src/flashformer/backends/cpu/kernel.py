@@ -14,16 +14,17 @@ from ... import env
 from ...check import CheckedProgram
 from ...checkpoint import PackedWeights, Tensor
 from ...errors import DeviceError
-from ...program.ir import MAX_HEAD_ROWS, Op, Space
+from ...program.ir import MAX_HEAD_ROWS, Space
 from ...program.records import FlatProgram, flatten
 from .. import nonfinite
 from ..base import ADJUST_COLUMNS, ROW_COLUMNS, Kernel, Rows, Times
 from ..packed import Progress, load_or_pack, map_given, write_given
 from ..rows import read_rows
+from ..weights import rope_tables
 from . import topology
 from .bandwidth import read_gb_s
 from .native import load_native
-from .weights import fill_ropes, pack_weights
+from .weights import pack_weights
 
 SPINS = 10_000  # looks at a counter before a waiter sleeps, about 0.1 ms
 SPINS_OVERSUBSCRIBED = 100  # with more workers than CPUs, the one waited for may need this one's CPU
@@ -77,7 +78,8 @@ class CpuKernel(Kernel):
         except MemoryError as error:
             raise DeviceError(f"{memory.total_bytes:,} bytes of memory cannot be had: lower ctx or streams") from error
         flat = flat or flatten(program)
-        fill_ropes(work, program)
+        for offset, table in rope_tables(program):
+            work.array[offset:][: table.nbytes].view(np.float32)[:] = table.ravel()
         self.rows = rows = Rows(target)
         self._native = _start(
             native.Kernel,
@@ -114,7 +116,7 @@ class CpuKernel(Kernel):
             read_rows(self.rows, n_rows, self.program)
             raise AssertionError(f"the native check refused row {detail}, the Python check none")
         if outcome is Outcome.NOT_FINITE:
-            raise self._not_finite(detail)
+            raise nonfinite.at_place(self.program, detail)
         if outcome is Outcome.FORKED:
             raise DeviceError("this model was loaded before a fork: load it again in this process, or use spawn")
         if outcome is Outcome.BUSY:
@@ -124,16 +126,6 @@ class CpuKernel(Kernel):
             f"worker {worker} waited in vain before phase {phase}: {expected} arrivals expected, {seen} seen. "
             "The model cannot be used any more: load it again, and report this"
         )
-
-    def _not_finite(self, place: int) -> Exception:
-        """`place` as csrc/forward.h counts it."""
-        program = self.program
-        if place == 2 * program.spec.n_layers:
-            return nonfinite.in_logits(program)
-        layer, op = (place // 2, Op.GATE_UP) if place % 2 == 0 else ((place + 1) // 2, Op.QKV)
-        if layer == program.spec.n_layers:
-            layer, op = -1, Op.LM_HEAD
-        return nonfinite.in_residual(program, next(p for p in program.phases if p.op is op and p.layer == layer))
 
     def log(self, worker: int) -> list[tuple[int, int, int, int]]:
         """(phase, kind, value, begin) of what a worker did since `clear_logs`; kinds as in csrc/forward.h."""

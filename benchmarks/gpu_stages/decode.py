@@ -1,0 +1,82 @@
+"""Rows and forwards of a kernel, and how far logits are from those of an oracle."""
+
+from __future__ import annotations
+
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashformer.backends.base import Kernel, Want
+from flashformer.backends.cuda.kernel import CudaKernel
+from flashformer.backends.rows import read_rows
+
+F32Array = NDArray[np.float32]
+
+
+def ask(kernel: Kernel, row: int, ids: Any, pos: int, slot: int, want: Want = Want.LOGITS) -> None:
+    """Rows from `row` on: `ids` of one slot from `pos` on, greedy."""
+    rows, at = kernel.rows, slice(row, row + len(ids))
+    rows.token[at], rows.slot[at], rows.want[at] = ids, slot, want
+    rows.pos[at] = np.arange(pos, pos + len(ids))
+    rows.temperature[at], rows.choice[at], rows.top_k[at], rows.top_p[at], rows.min_p[at] = 0, 0, 0, 1, 0
+    rows.adjust_begin[at], rows.adjust_end[at] = 0, 0
+
+
+def prompt_logits(
+    kernel: Kernel, ids: NDArray[np.int32], cut: int, slot: int = 0, wanted: NDArray[np.int64] | None = None
+) -> F32Array:
+    """(positions, vocab_size) of a prompt in forwards of `cut` rows; of all its positions or those `wanted`."""
+    chosen = np.arange(len(ids)) if wanted is None else wanted
+    parts = []
+    for begin in range(0, len(ids), cut):
+        part = ids[begin : begin + cut]
+        here = np.isin(np.arange(begin, begin + len(part)), chosen)
+        ask(kernel, 0, part, begin, slot, Want.NOTHING)
+        kernel.rows.want[: len(part)] = np.where(here, Want.LOGITS, Want.NOTHING)
+        kernel.forward(len(part))
+        parts.append(kernel.logits[: here.sum()].copy())
+    return np.concatenate(parts)
+
+
+def relative_error(found: F32Array, expected: F32Array) -> float:
+    """Largest difference over the largest expected value; infinite where something is not finite."""
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    return error if np.isfinite(error) else float("inf")
+
+
+def device_seconds(kernel: CudaKernel, n_rows: int, launches: int, repeats: int) -> list[float]:
+    """Per forward of rows that are filled already, `launches` of them queued one behind another: time on the GPU.
+
+    Each computes the same tokens at the same positions again.
+    """
+    batch = read_rows(kernel.rows, n_rows, kernel.program)
+    kernel._fill(batch)
+    kernel._upload_adjustments(batch)
+    handle = kernel._kernel_for(n_rows)
+    arrivals = kernel.program.final_wait(kernel._launch_phases)
+
+    def queue() -> None:
+        for _ in range(launches):
+            kernel._launch["base"] = kernel._base
+            kernel._gpu.launch(handle, kernel._launch)
+            kernel._base = (kernel._base + arrivals) % 2**32
+
+    times = [kernel._gpu.seconds(queue) / launches for _ in range(1 + repeats)][1:]
+    kernel._gpu.read(kernel._report, kernel._report_at)
+    kernel._gpu.finish()
+    if kernel._report.any():
+        kernel._fail()
+    return times
+
+
+def wall_seconds(kernel: Kernel, n_rows: int, repeats: int) -> float:
+    """Of one call of `forward`, Python included: the median."""
+    times = []
+    for _ in range(repeats):
+        begin = perf_counter()
+        kernel.forward(n_rows)
+        times.append(perf_counter() - begin)
+    return median(times)

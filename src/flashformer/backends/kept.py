@@ -1,0 +1,77 @@
+"""Files that are kept below the cache folder from one start to the next.
+
+Folder and files belong to this user alone. A file appears whole or not at all (written aside, then renamed) and is
+never written to again.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .. import env
+from ..log import log
+
+UNUSED_S = 30 * 24 * 3600.0  # a file that nobody used for so long goes when the next is written
+
+
+def own_folder(name: str, what: str) -> Path | None:
+    """The folder `name` below the cache folder; None where nothing is to be kept, or, with a warning, cannot be."""
+    if (base := env.cache_folder()) is None:
+        return None
+    folder = base / name
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_own(folder.stat(), "the folder")
+    except (OSError, ValueError) as e:
+        log.warning("%s: %s not kept: %s", folder, what, e)
+        return None
+    return folder
+
+
+def require_own(stat: os.stat_result, what: str) -> None:
+    """Raises ValueError if others could have written it."""
+    if stat.st_uid != os.geteuid():
+        raise ValueError(f"{what} belongs to another user ({stat.st_uid})")
+    if stat.st_mode & 0o022:
+        raise ValueError(f"others may write to {what} (mode {stat.st_mode & 0o777:o})")
+
+
+def write_whole(path: Path, parts: Iterable[Any]) -> None:
+    """Buffers one after the other as the file `path`. Raises OSError, with nothing left behind."""
+    aside = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            for part in parts:
+                file.write(part)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def open_own(path: Path) -> int:
+    """A file descriptor for reading. Raises OSError; links are not followed."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+def mark_used(path: Path) -> None:
+    """Puts off the day on which `remove_unused` takes it."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def remove_unused(folder: Path, suffix: str) -> None:
+    """Removes what was last used long before the latest use of anything here; what is not `suffix` after a day."""
+    used: dict[Path, float] = {}
+    for path in folder.iterdir():
+        with suppress(OSError):
+            used[path] = path.stat().st_mtime
+    for path, last in used.items():
+        limit = UNUSED_S if path.suffix == suffix else 24 * 3600.0
+        if max(used.values()) - last > limit:
+            with suppress(OSError):
+                path.unlink()

@@ -1,0 +1,259 @@
+// A libcuda.so.1 in host memory, for driver.py: the calls it makes, in the driver's own signatures, and one kernel.
+//
+// The kernel copies: its argument is {to, from, bytes}. FAKE_FAIL=NAME:N:CODE makes the N-th call of NAME return CODE.
+// FAKE_GPUS, FAKE_MAJOR and FAKE_PER_SM are what the machine has. When the process ends, a line on stderr says what
+// was not given back.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <string>
+
+namespace {
+
+using Status = int;
+constexpr Status kSuccess = 0, kOutOfMemory = 2, kNotFound = 500;
+
+std::map<std::string, int> calls;
+int live_memory, live_pinned, live_libraries, live_streams, live_events, live_contexts;
+size_t shared_allowed;
+
+int setting(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
+}
+
+Status entered(const char* name) {
+  const int n = calls[name]++;
+  char failing[64];
+  int at, code;
+  const char* text = std::getenv("FAKE_FAIL");
+  const bool fails =
+      text && std::sscanf(text, "%63[^:]:%d:%d", failing, &at, &code) == 3 && name == std::string(failing);
+  return fails && n == at ? code : kSuccess;
+}
+
+#define CALL(name) \
+  if (const Status status = entered(name); status != kSuccess) return status
+
+struct Report {
+  ~Report() {
+    std::fprintf(stderr, "left: memory %d pinned %d libraries %d streams %d events %d contexts %d\n", live_memory,
+                 live_pinned, live_libraries, live_streams, live_events, live_contexts);
+  }
+} report;
+
+Status init(unsigned) {
+  CALL("cuInit");
+  return kSuccess;
+}
+Status driver_version(int* version) {
+  *version = 13010;
+  return kSuccess;
+}
+Status device_count(int* n) {
+  *n = setting("FAKE_GPUS", 1);
+  return kSuccess;
+}
+Status device_get(int* device, int index) {
+  *device = index;
+  return kSuccess;
+}
+Status device_name(char* name, int size, int) {
+  std::snprintf(name, size, "Fake GPU");
+  return kSuccess;
+}
+Status device_uuid(unsigned char* uuid, int) {
+  for (int i = 0; i < 16; ++i) uuid[i] = static_cast<unsigned char>(0x10 + i);
+  return kSuccess;
+}
+Status device_memory(size_t* n, int) {
+  *n = size_t{80} << 30;
+  return kSuccess;
+}
+Status device_attribute(int* value, int attribute, int) {
+  switch (attribute) {
+    case 16:
+      *value = 132;
+      return kSuccess;  // multiprocessors
+    case 97:
+      *value = 232448;
+      return kSuccess;  // shared memory of a block
+    case 75:
+      *value = setting("FAKE_MAJOR", 9);
+      return kSuccess;
+    case 76:
+      *value = 0;
+      return kSuccess;
+    default:
+      return 1;
+  }
+}
+Status context_retain(void** context, int) {
+  CALL("cuDevicePrimaryCtxRetain");
+  ++live_contexts;
+  *context = &live_contexts;
+  return kSuccess;
+}
+Status context_release(int) {
+  --live_contexts;
+  return kSuccess;
+}
+Status context_set(void* context) { return context == &live_contexts ? kSuccess : 201; }
+Status stream_create(void** stream, unsigned flags) {
+  CALL("cuStreamCreate");
+  ++live_streams;
+  *stream = &live_streams;
+  return flags == 1 ? kSuccess : 1;
+}
+Status stream_destroy(void*) {
+  --live_streams;
+  return kSuccess;
+}
+Status stream_synchronize(void* stream) {
+  CALL("cuStreamSynchronize");
+  return stream == &live_streams ? kSuccess : 400;
+}
+Status memory_allocate(uint64_t* address, size_t n_bytes) {
+  CALL("cuMemAlloc");
+  if (n_bytes > (size_t{1} << 30)) return kOutOfMemory;
+  ++live_memory;
+  *address = reinterpret_cast<uint64_t>(std::malloc(n_bytes));
+  return kSuccess;
+}
+Status memory_free(uint64_t address) {
+  --live_memory;
+  std::free(reinterpret_cast<void*>(address));
+  return kSuccess;
+}
+Status memory_info(size_t* free_bytes, size_t* total) {
+  *free_bytes = 5000;
+  *total = 9000;
+  return kSuccess;
+}
+Status pinned_allocate(void** memory, size_t n_bytes, unsigned) {
+  CALL("cuMemHostAlloc");
+  ++live_pinned;
+  *memory = std::malloc(n_bytes);
+  return kSuccess;
+}
+Status pinned_free(void* memory) {
+  --live_pinned;
+  std::free(memory);
+  return kSuccess;
+}
+Status copy_to(uint64_t to, const void* from, size_t n_bytes, void* stream) {
+  std::memcpy(reinterpret_cast<void*>(to), from, n_bytes);
+  return stream == &live_streams ? kSuccess : 400;
+}
+Status copy_from(void* to, uint64_t from, size_t n_bytes, void* stream) {
+  std::memcpy(to, reinterpret_cast<void*>(from), n_bytes);
+  return stream == &live_streams ? kSuccess : 400;
+}
+Status fill(uint64_t to, unsigned char value, size_t n_bytes, void*) {
+  std::memset(reinterpret_cast<void*>(to), value, n_bytes);
+  return kSuccess;
+}
+Status library_load(void** library, const void* code, void*, void*, unsigned, void*, void*, unsigned) {
+  CALL("cuLibraryLoadData");
+  if (std::memcmp(code, "cubin", 5) != 0) return 200;
+  ++live_libraries;
+  *library = &live_libraries;
+  return kSuccess;
+}
+Status library_unload(void*) {
+  --live_libraries;
+  return kSuccess;
+}
+Status library_kernel(void** kernel, void* library, const char* name) {
+  *kernel = &shared_allowed;
+  return library == &live_libraries && std::string(name) == "copy" ? kSuccess : kNotFound;
+}
+Status kernel_attribute(int attribute, int value, void* kernel, int) {
+  CALL("cuKernelSetAttribute");
+  shared_allowed = static_cast<size_t>(value);
+  return attribute == 8 && kernel == &shared_allowed && value <= 232448 ? kSuccess : 1;
+}
+Status kernel_function(void** function, void* kernel) {
+  *function = kernel;
+  return kSuccess;
+}
+Status occupancy(int* blocks, void*, int threads, size_t shared) {
+  *blocks = threads == 288 && shared == shared_allowed ? setting("FAKE_PER_SM", 1) : 0;
+  return kSuccess;
+}
+Status launch(void*, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
+              void* stream, void** arguments) {
+  CALL("cuLaunchCooperativeKernel");
+  if (x != 132 || y != 1 || z != 1 || threads != 288 || shared != shared_allowed || stream != &live_streams) return 1;
+  const uint64_t* argument = static_cast<const uint64_t*>(arguments[0]);
+  std::memcpy(reinterpret_cast<void*>(argument[0]), reinterpret_cast<void*>(argument[1]), argument[2]);
+  return kSuccess;
+}
+Status event_create(void** event, unsigned) {
+  CALL("cuEventCreate");
+  ++live_events;
+  *event = &live_events;
+  return kSuccess;
+}
+Status event_destroy(void*) {
+  --live_events;
+  return kSuccess;
+}
+Status event_record(void*, void*) { return kSuccess; }
+Status event_elapsed(float* ms, void*, void*) {
+  *ms = 2.5f;
+  return kSuccess;
+}
+Status error_string(Status status, const char** text) {
+  *text = status == 719 ? "unspecified launch failure" : "text of the fake driver";
+  return kSuccess;
+}
+
+const std::map<std::string, void*> kFunctions = {
+    {"cuInit", reinterpret_cast<void*>(init)},
+    {"cuDriverGetVersion", reinterpret_cast<void*>(driver_version)},
+    {"cuDeviceGetCount", reinterpret_cast<void*>(device_count)},
+    {"cuDeviceGet", reinterpret_cast<void*>(device_get)},
+    {"cuDeviceGetName", reinterpret_cast<void*>(device_name)},
+    {"cuDeviceGetUuid", reinterpret_cast<void*>(device_uuid)},
+    {"cuDeviceTotalMem", reinterpret_cast<void*>(device_memory)},
+    {"cuDeviceGetAttribute", reinterpret_cast<void*>(device_attribute)},
+    {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(context_retain)},
+    {"cuDevicePrimaryCtxRelease", reinterpret_cast<void*>(context_release)},
+    {"cuCtxSetCurrent", reinterpret_cast<void*>(context_set)},
+    {"cuStreamCreate", reinterpret_cast<void*>(stream_create)},
+    {"cuStreamDestroy", reinterpret_cast<void*>(stream_destroy)},
+    {"cuStreamSynchronize", reinterpret_cast<void*>(stream_synchronize)},
+    {"cuMemAlloc", reinterpret_cast<void*>(memory_allocate)},
+    {"cuMemFree", reinterpret_cast<void*>(memory_free)},
+    {"cuMemGetInfo", reinterpret_cast<void*>(memory_info)},
+    {"cuMemHostAlloc", reinterpret_cast<void*>(pinned_allocate)},
+    {"cuMemFreeHost", reinterpret_cast<void*>(pinned_free)},
+    {"cuMemcpyHtoDAsync", reinterpret_cast<void*>(copy_to)},
+    {"cuMemcpyDtoHAsync", reinterpret_cast<void*>(copy_from)},
+    {"cuMemsetD8Async", reinterpret_cast<void*>(fill)},
+    {"cuLibraryLoadData", reinterpret_cast<void*>(library_load)},
+    {"cuLibraryUnload", reinterpret_cast<void*>(library_unload)},
+    {"cuLibraryGetKernel", reinterpret_cast<void*>(library_kernel)},
+    {"cuKernelSetAttribute", reinterpret_cast<void*>(kernel_attribute)},
+    {"cuKernelGetFunction", reinterpret_cast<void*>(kernel_function)},
+    {"cuOccupancyMaxActiveBlocksPerMultiprocessor", reinterpret_cast<void*>(occupancy)},
+    {"cuLaunchCooperativeKernel", reinterpret_cast<void*>(launch)},
+    {"cuEventCreate", reinterpret_cast<void*>(event_create)},
+    {"cuEventDestroy", reinterpret_cast<void*>(event_destroy)},
+    {"cuEventRecord", reinterpret_cast<void*>(event_record)},
+    {"cuEventElapsedTime", reinterpret_cast<void*>(event_elapsed)},
+    {"cuGetErrorString", reinterpret_cast<void*>(error_string)},
+};
+
+}  // namespace
+
+// The only symbol that cuda-bindings looks for; the flags choose between kinds of streams, the status is its second.
+extern "C" int cuGetProcAddress_v2(const char* name, void** function, int, uint64_t, int* status) {
+  const auto found = kFunctions.find(name);
+  *function = found == kFunctions.end() ? nullptr : found->second;
+  if (status) *status = *function ? 0 : 1;
+  return *function ? kSuccess : kNotFound;
+}
