@@ -58,7 +58,8 @@ def every_pair() -> Iterator[Case]:
 @pytest.fixture(scope="module", autouse=True)
 def _built_ahead(request: pytest.FixtureRequest) -> Iterator[None]:
     """The kernels of the cases whose tests will run, while the first of them runs."""
-    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    here = [item for item in request.session.items if item.path == request.path]
+    calls = [getattr(item, "callspec", None) for item in here]
     for case in dict.fromkeys(call.params["case"] for call in calls if call is not None and "case" in call.params):
         if case in CASES:
             case.load(gpu={"ahead": True}).close()
