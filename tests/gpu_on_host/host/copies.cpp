@@ -122,31 +122,23 @@ void mbar_init(u32 a, u32 count, At at) {
 
 void fence_mbar_init(Site site, At) {
   Machine& m = *machine;
-  m.called();
-  ++m.counts[static_cast<u32>(site)];
-  if (m.modes[static_cast<u32>(site)] != Mode::kOn) return;
+  if (m.called_at(site) != Mode::kOn) return;
   for (Mbar& bar : m.blocks[m.current->block].mbars)
     if (bar.init_lane == m.current->id) bar.fenced = true;
 }
 
 void mbar_arrive(Site site, u32 a, At at) {
   Machine& m = *machine;
-  m.called();
-  ++m.counts[static_cast<u32>(site)];
-  const Mode mode = m.modes[static_cast<u32>(site)];
+  const Mode mode = m.reach(site);
   if (mode == Mode::kOff) return;
-  m.maybe_yield();
   const u16 place = m.place(Call::mbar_arrive, at, site);
   m.arrive(m.mbar(a, place), 0, place, mode == Mode::kOn);
 }
 
 void mbar_arrive_expect_tx(Site site, u32 a, u32 bytes, At at) {
   Machine& m = *machine;
-  m.called();
-  ++m.counts[static_cast<u32>(site)];
-  const Mode mode = m.modes[static_cast<u32>(site)];
+  const Mode mode = m.reach(site);
   if (mode == Mode::kOff) return;
-  m.maybe_yield();
   const u16 place = m.place(Call::mbar_arrive_expect_tx, at, site);
   const i64 expected = static_cast<i64>(bytes) + m.options.expect_tx_delta;
   if (expected > kMaxTx)
@@ -156,12 +148,9 @@ void mbar_arrive_expect_tx(Site site, u32 a, u32 bytes, At at) {
 
 bool mbar_try_wait(Site site, u32 a, u32 parity, At at) {
   Machine& m = *machine;
-  m.called();
   ++m.stats.polls;
-  ++m.counts[static_cast<u32>(site)];
-  const Mode mode = m.modes[static_cast<u32>(site)];
+  const Mode mode = m.reach(site);
   if (mode == Mode::kOff) return true;
-  m.maybe_yield();
   Lane& lane = *m.current;
   lane.place = m.place(Call::mbar_try_wait, at, site);
   Mbar& bar = m.mbar(a, lane.place);
@@ -180,9 +169,7 @@ bool mbar_try_wait(Site site, u32 a, u32 parity, At at) {
 
 void fence_proxy_async(Site site, At) {
   Machine& m = *machine;
-  m.called();
-  ++m.counts[static_cast<u32>(site)];
-  if (m.modes[static_cast<u32>(site)] != Mode::kOn) return;
+  if (m.called_at(site) != Mode::kOn) return;
   m.current->proxied = m.knowledge(*m.current);
 }
 

@@ -72,9 +72,7 @@ Access access(Machine& m, const u32* p, u16 place) {
 
 void fence_gpu(Site site, At) {
   Machine& m = *machine;
-  m.called();
-  ++m.counts[static_cast<u32>(site)];
-  if (m.modes[static_cast<u32>(site)] != Mode::kOn) return;
+  if (m.called_at(site) != Mode::kOn) return;
   Lane& lane = *m.current;
   if (lane.unfenced) m.learn(lane, 0, lane.unfenced);
   lane.unfenced = nullptr;
@@ -83,11 +81,8 @@ void fence_gpu(Site site, At) {
 
 void red_release_add(Site site, u32* p, u32 v, At at) {
   Machine& m = *machine;
-  m.called();
-  ++m.counts[static_cast<u32>(site)];
-  const Mode mode = m.modes[static_cast<u32>(site)];
+  const Mode mode = m.reach(site);
   if (mode == Mode::kOff) return;
-  m.maybe_yield();
   const u16 place = m.place(Call::red_release_add, at, site);
   Word& word = m.word(p, place);
   m.atomic_read(access(m, p, place));
@@ -99,9 +94,7 @@ void red_release_add(Site site, u32* p, u32 v, At at) {
 
 u32 ld_acquire(Site site, const u32* p, At at) {
   Machine& m = *machine;
-  m.called();
-  ++m.counts[static_cast<u32>(site)];
-  m.maybe_yield();
+  m.reach(site);
   const u16 place = m.place(Call::ld_acquire, at, site);
   Word& word = m.word(p, place);
   m.atomic_read(access(m, p, place));
@@ -112,9 +105,7 @@ u32 ld_acquire(Site site, const u32* p, At at) {
 
 u32 atom_add_acq_rel(Site site, u32* p, u32 v, At at) {
   Machine& m = *machine;
-  m.called();
-  ++m.counts[static_cast<u32>(site)];
-  m.maybe_yield();
+  m.reach(site);
   const u16 place = m.place(Call::atom_add_acq_rel, at, site);
   Word& word = m.word(p, place);
   m.atomic_read(access(m, p, place));

@@ -143,6 +143,16 @@ class Machine {
     if ((++stats.calls & 0xFFFFF) == 0) overdue();
   }
   void overdue();
+  Mode called_at(Site site) {
+    called();
+    ++counts[static_cast<u32>(site)];
+    return modes[static_cast<u32>(site)];
+  }
+  Mode reach(Site site) {  // where lanes may change turns, unless it is left out
+    const Mode mode = called_at(site);
+    if (mode != Mode::kOff) maybe_yield();
+    return mode;
+  }
   void maybe_yield();
   void block(State state);  // until woken
   void wake(u32 lane);

@@ -81,11 +81,8 @@ u32 n_blocks() { return machine->n_blocks; }
 
 void warp_sync(Site site, At at) {
   Machine& m = *machine;
-  m.called();
-  ++m.counts[static_cast<u32>(site)];
-  const Mode mode = m.modes[static_cast<u32>(site)];
+  const Mode mode = m.reach(site);
   if (mode == Mode::kOff) return;
-  m.maybe_yield();
   Lane& lane = *m.current;
   Warp& warp = m.warps[lane.warp];
   // The last to come gathers, before anyone goes on.
@@ -126,11 +123,8 @@ void mma(Call call, f32 (&c)[4], const u32 (&a)[4], const u32 (&b)[2], At at) {
 
 void bar_sync(Site site, u32 id, u32 n_threads, At at) {
   Machine& m = *machine;
-  m.called();
-  ++m.counts[static_cast<u32>(site)];
-  const Mode mode = m.modes[static_cast<u32>(site)];
+  const Mode mode = m.reach(site);
   if (mode == Mode::kOff) return;
-  m.maybe_yield();
   Lane& lane = *m.current;
   lane.place = m.place(Call::bar_sync, at, site);
   if (id >= kBars || n_threads % kLanes || n_threads == 0 || n_threads > m.n_threads)
