@@ -179,22 +179,29 @@ inline void attend_batch(Worker& worker, const Phase& phase, int n, const Query*
   }
 }
 
-// The chunk's piece of the cache of unit `unit`.
-template <class V, class KV>
-inline typename KV::T* unit_keys(const Forward& forward, const Phase& phase, int64_t unit) {
-  const int64_t heads = phase.n_kv_heads, first_key = unit / (forward.n_groups * heads) * kKeyChunk;
-  const Group& group = forward.groups[unit / heads % forward.n_groups];
-  return keys_of<typename KV::T>(forward, phase, group.slot, unit % heads) + first_key * phase.head_dim;
+// What a unit's number says.
+struct Unit {
+  const Group& group;
+  int64_t kv_head, first_key;
+};
+
+inline Unit unit_at(const Forward& forward, const Phase& phase, int64_t unit) {
+  const int64_t heads = phase.n_kv_heads;
+  return {forward.groups[unit / heads % forward.n_groups], unit % heads, unit / (forward.n_groups * heads) * kKeyChunk};
+}
+
+// The unit's piece of the cache.
+template <class KV>
+inline typename KV::T* unit_keys(const Forward& forward, const Phase& phase, const Unit& unit) {
+  return keys_of<typename KV::T>(forward, phase, unit.group.slot, unit.kv_head) + unit.first_key * phase.head_dim;
 }
 
 // One unit. `next`: the keys of the unit after.
 template <class V, class KV>
-inline void attend_unit(Worker& worker, const Phase& phase, int64_t unit, const typename KV::T* next) {
+inline void attend_unit(Worker& worker, const Phase& phase, const Unit& unit, const typename KV::T* next) {
   const Forward& forward = *worker.forward;
-  const int64_t heads = phase.n_kv_heads, kv_head = unit % heads;
-  const int64_t first_key = unit / (forward.n_groups * heads) * kKeyChunk;
-  const Group& group = forward.groups[unit / heads % forward.n_groups];
-  typename KV::T* keys = unit_keys<V, KV>(forward, phase, unit);
+  const auto& [group, kv_head, first_key] = unit;
+  typename KV::T* keys = unit_keys<KV>(forward, phase, unit);
   typename KV::T* values =
       values_of<typename KV::T>(forward, phase, group.slot, kv_head) + first_key * phase.head_dim_padded;
   const int64_t per_kv = phase.n_heads / phase.n_kv_heads;
@@ -243,7 +250,8 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
   for (; unit < end; unit += span.step) {
     worker.begin_unit(unit);
     const int64_t after = unit + span.step < end ? unit + span.step : unit;
-    attend_unit<V, KV>(worker, phase, unit, unit_keys<V, KV>(forward, phase, after));
+    attend_unit<V, KV>(worker, phase, unit_at(forward, phase, unit),
+                       unit_keys<KV>(forward, phase, unit_at(forward, phase, after)));
   }
 }
 

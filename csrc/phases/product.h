@@ -19,7 +19,6 @@ struct WeightsF32 {  // fp32 weights x fp32 activations
   using X = float;
   static constexpr int kGroup = 1;
   static constexpr AtOnce kAtOnce = V::kPlain;
-  static constexpr Format kFormat = Format::kF32;
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) {
     return V::fma(V::as_f32(w), V::set1(x[0]), sum);
   }
@@ -30,7 +29,6 @@ struct WeightsBf16 {  // bf16 weights x fp32 activations
   using X = float;
   static constexpr int kGroup = 2;
   static constexpr AtOnce kAtOnce = V::kWidened;
-  static constexpr Format kFormat = Format::kBf16;
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) {
     return V::fma(V::odd_bf16(w), V::set1(x[1]), V::fma(V::even_bf16(w), V::set1(x[0]), sum));
   }
@@ -41,7 +39,6 @@ struct WeightsF16 {  // f16 weights x fp32 activations
   using X = float;
   static constexpr int kGroup = 2;
   static constexpr AtOnce kAtOnce = V::kWidened;
-  static constexpr Format kFormat = Format::kF16;
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) {
     return V::fma(V::odd_f16(w), V::set1(x[1]), V::fma(V::even_f16(w), V::set1(x[0]), sum));
   }
@@ -52,7 +49,6 @@ struct WeightsBf16Dot {  // bf16 weights x bf16 activations, by the dot-product 
   using X = uint16_t;
   static constexpr int kGroup = 2;
   static constexpr AtOnce kAtOnce = V::kPlain;
-  static constexpr Format kFormat = Format::kBf16;
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) { return V::dot_bf16(sum, w, x); }
 };
 

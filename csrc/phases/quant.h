@@ -274,7 +274,7 @@ struct QuantNarrow {
 template <class V, template <class> class Codes>
 struct QuantWide {
   using X = float;
-  static constexpr int kRowsAtOnce = V::kWideCodes.rows;
+  static constexpr int kRowsAtOnce = V::kWideCodeRows;
 
   // Rows of phase.k elements, zeros behind them up to a whole group.
   static Input<float> take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {

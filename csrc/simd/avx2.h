@@ -22,7 +22,7 @@ struct Avx2 {
   static constexpr AtOnce kWidened = {2, 4, 1};
   static constexpr AtOnce kCodes = {2, 2, 1};
   static constexpr AtOnce kLookups = {1, 1, 1};
-  static constexpr AtOnce kWideCodes = {1, 1, 1};
+  static constexpr int kWideCodeRows = 1;
   static constexpr int kQueriesAtOnce = 2;
   static constexpr int kValuesAtOnce = 1;
   static constexpr int kByteBias = 0;  // dot_bytes makes codes signed

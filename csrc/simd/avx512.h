@@ -19,7 +19,7 @@ struct Avx512 {
   static constexpr AtOnce kWidened = {4, 4, 4};  // 16-bit weights become fp32
   static constexpr AtOnce kCodes = {4, 4, 4};    // of quantized weights, and int8 rows
   static constexpr AtOnce kLookups = {4, 4, 4};  // the same through a codebook
-  static constexpr AtOnce kWideCodes = {4, 1, 1};
+  static constexpr int kWideCodeRows = 4;
   static constexpr int kQueriesAtOnce = 4;  // whose scores are summed together
   static constexpr int kValuesAtOnce = 4;   // vectors of head_dim summed together by attention
   static constexpr int kByteBias = 128;     // dot_bytes takes codes as they are, unsigned

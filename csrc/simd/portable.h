@@ -27,7 +27,7 @@ struct Portable {
   static constexpr AtOnce kWidened = kPlain;
   static constexpr AtOnce kCodes = kPlain;
   static constexpr AtOnce kLookups = kPlain;
-  static constexpr AtOnce kWideCodes = kPlain;
+  static constexpr int kWideCodeRows = 2;
   static constexpr int kQueriesAtOnce = 4;
   static constexpr int kValuesAtOnce = 1;
   static constexpr int kByteBias = 128;
