@@ -372,6 +372,10 @@ def test_times_of_the_last_forward() -> None:
             assert times.entered.shape == times.left.shape == (WORKERS, n)
             assert (times.left - times.entered == 50).all()
             assert (times.begin, times.end) == (10**9, 10**9 + (n - 1) * 100 + WORKERS - 1 + 50)
+        made.forget_times()
+        assert not any(one.times for one, _ in made._kernels.values())
+        with pytest.raises(ff.DeviceError, match="keep_times"):
+            made.times()
 
 
 def test_probe_reads_the_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,15 +108,14 @@ class Kernel(ABC):
 
     def keep_times(self) -> None:
         """From now on every forward notes its times. Raises DeviceError for a kernel that cannot."""
-        raise DeviceError("this kernel keeps no times: use device='cpu'")
+        raise DeviceError("this kernel keeps no times: use device='cpu' or device='cuda'")
 
-    def forget_times(self) -> None:
-        """Ends `keep_times`. Raises DeviceError for a kernel that cannot."""
-        raise DeviceError("this kernel keeps no times: use device='cpu'")
+    def forget_times(self) -> None:  # noqa: B027
+        """Ends `keep_times`."""
 
     def times(self) -> Times:
-        """Of the last forward since `keep_times`. Raises DeviceError for a kernel that cannot."""
-        raise DeviceError("this kernel keeps no times: use device='cpu'")
+        """Of the last forward since `keep_times`. Raises DeviceError where there is none."""
+        raise DeviceError("no times were kept: call keep_times before the forward")
 
     def probe_weights(self) -> float | None:
         """Read bandwidth of the packed weights with this kernel's workers, GB/s; None if it cannot be measured."""

@@ -72,13 +72,20 @@ class Gpu(Protocol):
     def close(self) -> None: ...
 
 
+def has_driver() -> bool:
+    """Whether this machine has an NVIDIA driver at all."""
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError:
+        return False
+    return True
+
+
 @cache
 def _bindings() -> Any:
     """The module cuda.bindings.driver, initialised. Raises DeviceError in one line."""
-    try:
-        ctypes.CDLL(LIBRARY)
-    except OSError as error:
-        raise DeviceError(f"no NVIDIA driver here ({LIBRARY} cannot be loaded)") from error
+    if not has_driver():
+        raise DeviceError(f"no NVIDIA driver here ({LIBRARY} cannot be loaded)")
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -89,15 +96,6 @@ def _bindings() -> Any:
         raise DeviceError(f"the NVIDIA driver is too old for this cuda-bindings ({error}): update it") from error
     _require(driver, (result,), "starting the NVIDIA driver")
     return driver
-
-
-def has_driver() -> bool:
-    """Whether this machine has an NVIDIA driver at all."""
-    try:
-        ctypes.CDLL(LIBRARY)
-    except OSError:
-        return False
-    return True
 
 
 def find_gpus() -> list[GpuInfo]:
