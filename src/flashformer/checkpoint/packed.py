@@ -80,10 +80,7 @@ def find_packed(folder: Path) -> PackedWeights | None:
 
 def open_packed(path: Path) -> PackedWeights:
     """The header of a model's packed file. Raises LoadError."""
-    try:
-        file = StoredFile(path)
-    except OSError as e:
-        raise LoadError(f"{path}: cannot be opened: {e.strerror}; check its permissions") from e
+    file = StoredFile(path)
     prefix = np.empty(min(64, file.n_bytes), np.uint8)
     file.read(0, prefix)
     n_text = _header_size(path, prefix.tobytes(), file.n_bytes)

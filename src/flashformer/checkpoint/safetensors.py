@@ -35,10 +35,7 @@ class Entry:
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, not yet read, in file order. Raises LoadError for any file that is not exact."""
-    try:
-        file = StoredFile(path)
-    except OSError as e:
-        raise LoadError(f"{path}: cannot be opened: {e.strerror}; check its permissions") from e
+    file = StoredFile(path)
     prefix = np.empty(min(64, file.n_bytes), np.uint8)
     file.read(0, prefix)
     n_header = header_size(path, prefix.tobytes(), file.n_bytes)

@@ -23,12 +23,15 @@ from ..formats import Format
 class StoredFile:
     """A file held open: replacing it under its name changes nothing, writing to it or truncating it is an error.
 
-    Raises OSError if it cannot be opened.
+    Raises LoadError if it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise LoadError(f"{path}: cannot be opened: {e.strerror}; check its permissions") from e
         weakref.finalize(self, os.close, self.fd)
         self._opened = self._state()
 
