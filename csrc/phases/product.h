@@ -122,10 +122,12 @@ void product_tile(const Phase& phase, float* sums, const char* w, const In& in, 
   const int64_t all = phase.tile_bytes / phase.group_bytes;
   const int64_t at_once = (kBlockBytes + phase.group_bytes - 1) / phase.group_bytes;
   for (int64_t i = 0; i < n_rows * kPad; i += kLanes) V::store(sums + i, V::zero());
-  for (int64_t g = 0; g < all; g += at_once) {
-    const int64_t count = all - g < at_once ? all - g : at_once, bytes = count * phase.group_bytes;
+  for (int64_t g = 0, count; g < all; g += count) {
+    const int64_t rest = all - g;
+    count = rest <= at_once ? rest : passes > 1 ? at_once : rest - at_once;
     const char* block = w + g * phase.group_bytes;
-    const char* ahead = g + count < all ? block + bytes : next;
+    const char* ahead = count < rest ? block + at_once * phase.group_bytes : next;
+    const int64_t bytes = count * phase.group_bytes;
     for (int64_t pass = 0, r = 0; pass < passes; ++pass) {
       const int64_t left = passes - pass, rows = (n_rows - r + left - 1) / left;
       rows_at_once<V, W, TILE, R>(phase, rows, sums + r * kPad, block, in, r, g, count,
