@@ -14,7 +14,12 @@ from flashformer.formats import find_quant
 from flashformer.model.outline import read_outline
 
 QUANTS = ("none", "int8-g32", "int8-g128", "int4-g32-zp", "int4-g64", "int4-g128")
-BESIDE_A_LAYER = ("embed", "sample")  # phases that no layer has
+BESIDE_A_LAYER = {  # what runs once per launch, by its header
+    "embed.cuh": "inline DEVICE void embed(Context&, const Phase&, const Span&) {}",
+    "sample.cuh": "inline DEVICE void sample(Context&, const Phase&, const Span&) {}",
+    "tokens.cuh": "inline DEVICE void copy_tokens(const Launch&, u32, u32) {}\n"
+    "inline DEVICE bool is_over(const Launch&, u32) { return false; }",
+}
 HEAD_FORMAT = [f"kHead{part}" for part in ("Format", "Group", "ZeroPoints", "UnitBytes", "UnitK", "SlotUnits")]
 
 
@@ -25,19 +30,18 @@ def program(shape: str, facts: DeviceFacts, quant: str = "none", **target: objec
 
 
 def layer_source(one: Specialization) -> Source:
-    """The kernel without the phases outside the layers; the head is as if it had the layers' format."""
+    """The kernel without what is outside the layers; the head is as if it had the layers' format."""
     constants = dict(one.constants)
     as_body = {name: constants[name.replace("Head", "Body")] for name in constants if name in HEAD_FORMAT}
     assert as_body
     source = source_of(dataclasses.replace(one, constants=tuple((constants | as_body).items())))
-    empty = {f"{name}.cuh": _empty(name) for name in BESIDE_A_LAYER}
+    empty = {name: _header(text) for name, text in BESIDE_A_LAYER.items()}
     assert empty.keys() <= dict(source.headers).keys()
     return dataclasses.replace(source, headers=tuple((name, empty.get(name, text)) for name, text in source.headers))
 
 
-def _empty(phase: str) -> str:
-    function = f"inline DEVICE void {phase}(Context&, const Phase&, const Span&) {{}}"
-    return f'#pragma once\n#include "context.cuh"\nnamespace flashformer {{\n{function}\n}}\n'
+def _header(text: str) -> str:
+    return f'#pragma once\n#include "context.cuh"\nnamespace flashformer {{\n{text}\n}}\n'
 
 
 def main() -> None:

@@ -40,6 +40,9 @@ class FakeGpu:
     kernels: list[FakeKernel] = field(default_factory=list)
     launches: list[tuple[FakeKernel, np.void]] = field(default_factory=list)
     queue: list[Callable[[], None]] = field(default_factory=list)
+    n_run: int = 0  # jobs that were run
+    n_launched: int = 0  # kernels that were run
+    marks: dict[int, int] = field(default_factory=dict)
     closed: bool = False
     end: int = 1 << 40
 
@@ -63,6 +66,14 @@ class FakeGpu:
 
     def read_now(self, address: int, dtype: Any, n: int) -> NDArray[Any]:
         return self.at(address, n * np.dtype(dtype).itemsize).view(dtype)
+
+    def pinned_at(self, address: int, dtype: Any, n: int) -> NDArray[Any]:
+        """What the GPU sees of the memory of the host."""
+        begins = [int(pin.ctypes.data) for pin in self.pins]
+        begin, pin = next((b, p) for b, p in zip(begins, self.pins, strict=True) if b <= address < b + len(p))
+        found = pin[address - begin :][: n * np.dtype(dtype).itemsize].view(dtype)
+        assert len(found) == n
+        return found
 
     def allocate(self, n_bytes: int) -> int:
         self._call("allocate")
@@ -121,13 +132,33 @@ class FakeGpu:
         copied = argument.copy()[0]
         self.launches.append((kernel, copied))
         if argument.dtype == LAUNCH:
-            self.queue.append(lambda: self.run(self, copied))
+            self.queue.append(lambda: self._launched(copied))
+
+    def mark(self, event: int) -> None:
+        self._call("mark")
+        self.marks[event] = self.n_run + len(self.queue)
+
+    def wait(self, event: int) -> None:
+        self._call("wait")
+        self._run_until(self.marks[event])
 
     def finish(self) -> None:
         self._call("finish")
-        queue, self.queue = self.queue, []
-        for job in queue:
-            job()
+        self._run_until(self.n_run + len(self.queue))
+
+    def run_launches(self, n: int) -> None:
+        """Until so many were run in all."""
+        while self.n_launched < n:
+            self._run_until(self.n_run + 1)
+
+    def _launched(self, argument: np.void) -> None:
+        self.n_launched += 1
+        self.run(self, argument)
+
+    def _run_until(self, end: int) -> None:
+        while self.queue and self.n_run < end:
+            self.n_run += 1
+            self.queue.pop(0)()
 
     def seconds(self, work: Callable[[], None]) -> float:
         work()

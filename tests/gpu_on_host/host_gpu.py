@@ -63,7 +63,7 @@ class Argument(ctypes.Structure):
 class HostGpu(FakeGpu):
     """`rope_begin`: where in the work region begins what is constant; `n_slots` of the ring, all if 0; `device`, the
     folder of the device source; `ahead`: kernels are built when they are loaded, not when they are launched first.
-    `options` of the simulator, `sites` that are switched, and `held` may change between launches.
+    `options` of the simulator and `sites` that are switched may change between launches.
     """
 
     rope_begin: int = 0
@@ -72,7 +72,6 @@ class HostGpu(FakeGpu):
     ahead: bool = False
     options: dict[str, int] = field(default_factory=dict)
     sites: dict[str, Mode] = field(default_factory=dict)
-    held: bool = False  # `finish` returns at once and leaves the queue as it is
     counts: dict[str, int] = field(default_factory=dict)  # of the sites in the last launch
     simulators: list[tuple[FakeKernel, Simulator]] = field(default_factory=list)
 
@@ -101,10 +100,6 @@ class HostGpu(FakeGpu):
         self.simulators = []  # a stack per GPU thread: of many kernels more than a process may have
         super().close()
 
-    def finish(self) -> None:
-        if not self.held:
-            super().finish()
-
     def _header(self, kernel: FakeKernel) -> str:
         header = kernel.cubin.decode()
         if self.n_slots:
@@ -132,7 +127,10 @@ class HostGpu(FakeGpu):
         return simulator
 
     def _regions(self, launch: np.void) -> Iterator[tuple[str, NDArray[np.uint8], Kind]]:
-        for name in (name for name in POINTERS if launch[name]):
+        pins = ((int(pin.ctypes.data), pin) for pin in self.pins)
+        found = next(pin for at, pin in pins if at <= int(launch["results"]) < at + len(pin))
+        yield "results", found, Kind.MUTABLE  # and `failed`
+        for name in (name for name in POINTERS if launch[name] and name not in ("results", "failed")):
             memory = self.memory[int(launch[name])]
             if name == "work":
                 if self.rope_begin < len(memory):

@@ -16,7 +16,7 @@ from flashformer.backends.cuda.specialize import DeviceFacts, Specialization, sp
 from flashformer.check import CheckedProgram
 from flashformer.model.rope import rope_table
 from flashformer.program import Program
-from flashformer.program.ir import Op, Space
+from flashformer.program.ir import MAX_HEAD_ROWS, Op, Space
 from flashformer.program.memory import rope_offsets
 from flashformer.program.records import FlatProgram, flatten, rope_begin
 
@@ -28,6 +28,7 @@ MAIN = """#include "ptx.h"
 #include "attend.cuh"
 #include "embed.cuh"
 #include "sample.cuh"
+#include "tokens.cuh"
 
 using namespace flashformer;
 
@@ -38,6 +39,8 @@ extern "C" void ff_thread(const void* argument, u32 smem) {
   const Span& span = launch.schedule[launch.base * kWorkers + block_index()];
   const Op op = static_cast<Op>(phase.op);
   if (op == Op::kAttend && ctx.thread == 0) attend_ahead(ctx, phase, span);
+  if (ctx.warp == 0) copy_tokens(launch, smem, ctx.lane);
+  bar_sync(Site::kInitBar, 0, kConsumers);
   op == Op::kEmbed ? embed(ctx, phase, span) : op == Op::kSample ? sample(ctx, phase, span) : attend(ctx, phase, span);
 }
 """
@@ -77,6 +80,7 @@ class OnePhase:
                 ("kept", np.float32),
             )
         }
+        self.results = aligned(MAX_HEAD_ROWS, np.int32)
         self.launch = np.zeros(1, LAUNCH)
         self.launch["base"], self.launch["top_p"] = self.index, 1
         for buffer in memory.buffers:
@@ -98,6 +102,7 @@ class OnePhase:
         self._records = [np.ascontiguousarray(getattr(flat, name)) for name in ("model", "phases", "schedule")]
         for name, records in zip(("model", "phases", "schedule"), self._records, strict=True):
             launch[name] = simulator.constant(records, name)
+        launch["results"] = simulator.mutable(self.results, "results")
         for name, array in self.adjust.items():
             put = simulator.mutable if name == "kept" else simulator.constant
             launch[f"adjust_{name}"] = put(array, name)

@@ -1,5 +1,5 @@
 """What the bits of a whole forward do not depend on, and what the kernel does beside logits: tokens by every setting,
-forwards without a head, two queued, numbers that are not finite."""
+forwards without a head, forwards that are queued ahead, numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from gpu_on_host.host_gpu import BUILDER
-from gpu_on_host.one_forward import MODEL, ROWS, TARGET, fill, one_kernel, run, same, tensors
+from gpu_on_host.one_forward import MODEL, TARGET, one_kernel, run, same, tensors
 from gpu_on_host.simulator import Policy
 from gpu_on_host.whole import Case, Plan, checked_program, gpu_of, load, run_plan
 from switch_models import random_tensors
@@ -110,23 +110,48 @@ def test_not_on_the_number_of_arrivals_before(base: int) -> None:
     assert program.final_wait(len(program.phases)) * n > 300
 
 
-def test_two_forwards_queued() -> None:
-    """The second starts before the host has seen anything of the first."""
+def steps(kernel: CudaKernel, n: int, *, ahead: bool) -> tuple[list[list[int]], bytes]:
+    """Greedy tokens of two slots, a row each, and the logits behind the last of them."""
+    tokens, found = [5, 9], []
+    for i in range(n):
+        for row, token in enumerate(tokens):
+            put(kernel, row, [token], pos=i + 7 * row, slot=row, want=Want.TOKEN)
+        kernel.forward(2, () if ahead and i + 1 < n else None)
+        tokens = kernel.tokens[:2].tolist()
+        found.append(tokens)
+    put(kernel, 0, tokens[:1], pos=n, slot=0, want=Want.LOGITS)
+    kernel.forward(1)
+    return found, kernel.logits[0].tobytes()
+
+
+def test_forwards_that_are_queued_find_their_tokens() -> None:
+    expected = steps(one_kernel(), 5, ahead=False)
+    assert len({token for both in expected[0] for token in both}) > 2
+    for seed in range(4):
+        kernel = one_kernel(options={"seed": seed + 1})
+        assert steps(kernel, 5, ahead=True) == expected
+        launches = [launch for _, launch in gpu_of(kernel).launches]
+        assert [launch["token"][:2].tolist() == [-1, -2] for launch in launches] == [False, *[True] * 4, False]
+
+
+def first_step(again: tuple[int, ...] | None) -> CudaKernel:
     kernel = one_kernel()
-    gpu_of(kernel).held = True
-    put(kernel, 0, [5, 6, 7], pos=297, slot=0, want=Want.TOKEN)
-    kernel.forward(3)
-    fill(kernel)
-    kernel.forward(ROWS)
-    gpu_of(kernel).held = False
-    kernel._gpu.finish()
-    queued = kernel.logits[:ROWS].copy(), kernel.tokens[:ROWS].copy()
-    apart = one_kernel()
-    put(apart, 0, [5, 6, 7], pos=297, slot=0, want=Want.TOKEN)
-    apart.forward(3)
-    for a, b in zip(queued, run(apart), strict=True):
+    for row, token in enumerate([5, 9]):
+        put(kernel, row, [token], pos=7 * row, slot=row, want=Want.TOKEN)
+    kernel.forward(2, again)
+    return kernel
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_forward_that_is_queued_does_nothing_behind_a_stop_token(row: int) -> None:
+    apart = first_step(None)
+    kernel = first_step((199, int(apart.tokens[row])))
+    gpu = gpu_of(kernel)
+    gpu.finish()
+    assert len(gpu.launches) == 2
+    assert gpu.counts["kExpect"] == gpu.counts["kHandoffArrive"] == 0
+    for a, b in zip(run(kernel), run(apart), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not same(queued), "the first forward made no difference"
 
 
 def test_a_forward_without_a_head() -> None:

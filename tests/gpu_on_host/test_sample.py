@@ -146,7 +146,7 @@ class Sample:
         expected = [self.expected(i, row) for i, row in enumerate(self.head_rows)]
         assert self.run() == ""
         tokens = self.kernel.buffer(Space.TOKENS, np.int32)
-        assert tokens[: len(expected)].tolist() == expected
+        assert tokens[: len(expected)].tolist() == self.kernel.results[: len(expected)].tolist() == expected
         assert np.array_equal(before.view(np.uint32), self.logits.view(np.uint32))
 
 

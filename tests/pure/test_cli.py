@@ -153,7 +153,7 @@ FAILURES = [
 def test_errors_of_a_forward_have_their_exit_codes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    def forward(self: ReferenceKernel, n_rows: int) -> None:
+    def forward(self: ReferenceKernel, n_rows: int, again: tuple[int, ...] | None = None) -> None:
         raise error
 
     monkeypatch.setattr(ReferenceKernel, "forward", forward)
@@ -278,7 +278,7 @@ def test_bench_alternates_at_least_nine_blocks_with_probes(folder: Path, monkeyp
     events: list[str] = []
     forward = ReferenceKernel.forward
     monkeypatch.setattr(FakeProbe, "gb_s", lambda self, seconds: events.append("P") or 10.0)
-    monkeypatch.setattr(ReferenceKernel, "forward", lambda self, n: events.append("f") or forward(self, n))
+    monkeypatch.setattr(ReferenceKernel, "forward", lambda self, *a: events.append("f") or forward(self, *a))
     monkeypatch.setattr("flashformer.cli.bench.ReadProbe", FakeProbe)
     assert call("bench", folder, "--rows", "1", "-n", "2", "-r", "1", "-p", "0", "--json").exit_code == 0
     assert re.fullmatch("f+P(f+P){9,}", "".join(events))
@@ -287,8 +287,8 @@ def test_bench_alternates_at_least_nine_blocks_with_probes(folder: Path, monkeyp
 def test_bench_refuses_a_kernel_whose_tokens_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, count = ReferenceKernel.forward, iter(range(10_000))
 
-    def unsteady(self: ReferenceKernel, n_rows: int) -> None:
-        forward(self, n_rows)
+    def unsteady(self: ReferenceKernel, n_rows: int, again: tuple[int, ...] | None = None) -> None:
+        forward(self, n_rows, again)
         self.tokens[0] = next(count) % 100
 
     monkeypatch.setattr(ReferenceKernel, "forward", unsteady)

@@ -120,7 +120,7 @@ def test_save_writes_messages_that_chat_takes(folder: Path, llm: ff.LLM, tmp_pat
 def test_an_error_after_some_text_begins_a_line(folder: Path, llm: ff.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, left = ReferenceKernel.forward, iter([True, True, True])
 
-    def fail(self: ReferenceKernel, n_rows: int) -> None:
+    def fail(self: ReferenceKernel, n_rows: int, again: tuple[int, ...] | None = None) -> None:
         if not next(left, False):
             raise ff.NumericalError("NaN in layer 1", 1)
         forward(self, n_rows)

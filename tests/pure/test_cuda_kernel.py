@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pytest
-from cuda_models import H100, checked, cuda_program, random_weights
+from cuda_models import H100, checked
 from fake_gpu import FakeGpu
-from numpy.typing import NDArray
-from programs import spec
+from launches import (
+    HEAD_BEGIN,
+    MODEL,
+    N_PHASES,
+    PROGRAM,
+    WEIGHTS,
+    WORKERS,
+    buffer,
+    compiler,
+    counter,
+    kernel,
+    put,
+    reporting,
+    sound,
+    token_of,
+)
 
 import flashformer as ff
 from flashformer.backends.base import Want
@@ -25,73 +36,6 @@ from flashformer.backends.cuda.specialize import DeviceFacts
 from flashformer.backends.weights import rope_tables
 from flashformer.program.ir import Op, Space
 from flashformer.program.records import flatten
-
-MODEL = spec(n_layers=2, d_model=56)
-WORKERS = 4
-WEIGHTS = random_weights(MODEL)
-PROGRAM = cuda_program(MODEL)
-N_PHASES, HEAD_BEGIN = len(PROGRAM.phases), PROGRAM.head_begin
-
-
-def compiler(source: Any) -> bytes:
-    return str(source.root).encode()
-
-
-def buffer(space: Space) -> Any:
-    return next(b for b in PROGRAM.memory.buffers if b.space is space)
-
-
-def counter(gpu: FakeGpu, launch: np.void) -> NDArray[np.uint32]:
-    return gpu.read_now(int(launch["counter"]), np.uint32, 1)
-
-
-def token_of(launch: np.void, row: int) -> int:
-    return int(launch["token"][row] * 1000 + launch["pos"][row])
-
-
-def sound(gpu: FakeGpu, launch: np.void) -> None:
-    """Counts arrivals, and gives every head row a token and logits that tell it from all others."""
-    assert counter(gpu, launch)[0] == launch["base"]
-    counter(gpu, launch)[0] = (int(launch["base"]) + WORKERS * int(launch["n_phases"])) % 2**32
-    assert launch["n_phases"] == (N_PHASES if launch["n_head_rows"] else HEAD_BEGIN)
-    work, rows = int(launch["work"]), launch["head_row"][: launch["n_head_rows"]]
-    tokens = gpu.read_now(work + buffer(Space.TOKENS).offset, np.int32, 16)
-    tokens[:] = -1
-    tokens[: len(rows)] = [token_of(launch, row) for row in rows]
-    stride = buffer(Space.LOGITS).shape[1]
-    logits = gpu.read_now(work + buffer(Space.LOGITS).offset, np.float32, 16 * stride).reshape(16, stride)
-    for i, row in enumerate(rows):
-        logits[i] = token_of(launch, row) + np.arange(stride)
-
-
-def reporting(words: dict[int, int]) -> Callable[[FakeGpu, np.void], None]:
-    def run(gpu: FakeGpu, launch: np.void) -> None:
-        report = gpu.read_now(int(launch["report"]), np.uint32, REPORT_WORDS + WORKERS)
-        assert not report.any()
-        for at, word in words.items():
-            report[at] = word
-        counter(gpu, launch)[0] = (int(launch["base"]) + WORKERS * int(launch["n_phases"])) % 2**32
-        if words.get(0):  # nobody knows how many arrivals an aborted launch has counted
-            counter(gpu, launch)[0] += 3
-            merges = int(launch["work"]) + buffer(Space.MERGES).offset
-            gpu.at(merges, buffer(Space.MERGES).n_bytes)[:] = 1
-
-    return run
-
-
-@contextmanager
-def kernel(gpu: FakeGpu, *, streams: int = 2, **options: Any) -> Iterator[CudaKernel]:
-    made = CudaKernel(checked(MODEL, streams=streams), WEIGHTS, gpu=gpu, compiler=compiler, n_threads=2, **options)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def put(made: CudaKernel, ids: list[int], *, row: int = 0, slot: int = 0, pos: int = 0, want: Any = Want.TOKEN) -> None:
-    at = slice(row, row + len(ids))
-    made.rows.token[at], made.rows.slot[at], made.rows.want[at] = ids, slot, want
-    made.rows.pos[at] = np.arange(pos, pos + len(ids))
 
 
 def test_everything_is_where_the_launch_says() -> None:
@@ -141,8 +85,8 @@ def test_rows_groups_and_head_rows() -> None:
             "temperature": [0.5] * 4, "top_p": [1.0] * 4, "seed": [2**63 + 1] * 4,
         }.items():  # fmt: skip
             assert launch[name][: len(due)].tolist() == due, name
-        assert made.tokens[:2].tolist() == [7042, 9003]
-        np.testing.assert_array_equal(made.logits[0], 7042 + np.arange(MODEL.vocab_size))
+        assert made.tokens[:2].tolist() == [token_of(7, 42), token_of(9, 3)]
+        np.testing.assert_array_equal(made.logits[0], token_of(7, 42) + np.arange(MODEL.vocab_size))
 
 
 def test_logits_of_the_rows_that_want_them() -> None:
@@ -151,8 +95,9 @@ def test_logits_of_the_rows_that_want_them() -> None:
         wants = [Want.TOKEN, Want.LOGITS, Want.TOKEN, Want.LOGITS, Want.TOKEN]
         put(made, [1, 2, 3, 4, 5], want=wants)
         made.forward(5)
-        assert made.tokens[:5].tolist() == [1000, 2001, 3002, 4003, 5004]
-        assert made.logits[[1, 3], 0].tolist() == [2001, 4003]
+        due = [token_of(1 + i, i) for i in range(5)]
+        assert made.tokens[:5].tolist() == due
+        assert made.logits[[1, 3], 0].tolist() == [due[1], due[3]]
         assert made.logits.shape == (16, MODEL.vocab_size)
 
 
@@ -192,7 +137,7 @@ def test_more_rows_than_a_kernel_takes_are_several_launches(shared_bytes: int, p
             covered = [(s, r, p + r - b) for s, b, e, p in zip(*groups, strict=True) for r in range(b, e)]
             assert covered == [(launch["slot"][r], r, launch["pos"][r]) for r in range(n)]
             begin += n
-        due = [int(rows.token[r] * 1000 + rows.pos[r]) for r in (2, 4, 11, 12)]
+        due = [token_of(int(rows.token[r]), int(rows.pos[r])) for r in (2, 4, 11, 12)]
         assert (made.tokens[:4].tolist(), made.logits[[0, 2, 3], 0].tolist()) == (due, [due[0], *due[2:]])
 
 
@@ -250,7 +195,7 @@ def test_an_aborted_launch_says_who_waited_for_what_and_the_next_one_works() -> 
         assert not gpu.closed
         gpu.run = sound
         made.forward(1)
-        assert made.tokens[0] == 3000
+        assert made.tokens[0] == token_of(3, 0)
 
 
 def test_a_report_out_of_all_ranges_is_still_an_error_that_can_be_read() -> None:

@@ -268,9 +268,9 @@ def test_logprobs_are_of_the_model_itself(llm: ff.LLM, settings: dict[str, Any])
 def test_logits_are_stored_only_for_logprobs(llm: ff.LLM, logprobs: int | None) -> None:
     forward, wants = llm.kernel.forward, list[list[int]]()
 
-    def watched(n_rows: int) -> None:
+    def watched(n_rows: int, again: tuple[int, ...] | None = None) -> None:
         wants.append(llm.kernel.rows.want[:n_rows].tolist())
-        forward(n_rows)
+        forward(n_rows, again)
 
     llm.forget()
     llm.kernel.forward = watched  # type: ignore[method-assign]

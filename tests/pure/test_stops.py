@@ -89,8 +89,8 @@ def scripted(llm: ff.LLM, text: str, **settings: Any) -> tuple[list[ff.Piece], f
     ids = byte_tokenizer(add_bos=False).encode(text).ids
     kernel, left, forward = llm.kernel, iter(ids), llm.kernel.forward
 
-    def scripted_forward(n_rows: int) -> None:
-        forward(n_rows)
+    def scripted_forward(n_rows: int, again: tuple[int, ...] | None = None) -> None:
+        forward(n_rows, again)
         kernel.tokens[0] = next(left)
 
     kernel.forward = scripted_forward  # type: ignore[method-assign]

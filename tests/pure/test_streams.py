@@ -106,7 +106,7 @@ def test_what_a_slot_holds_is_not_computed_again(folder: Path) -> None:
     with load(folder, prompt_chunk=4) as llm:
         forwards: list[int] = []
         forward = llm.kernel.forward
-        llm.kernel.forward = lambda n: (forwards.append(n), forward(n))[1]  # type: ignore[method-assign,func-returns-value]
+        llm.kernel.forward = lambda n, *a: (forwards.append(n), forward(n, *a))[1]  # type: ignore[method-assign,func-returns-value]
         first = llm.generate(PROMPT, max_tokens=6, ignore_eos=True)
         n = len(first.prompt_token_ids)
         assert first.cached_tokens == 0
@@ -150,8 +150,8 @@ def test_a_stream_closed_within_its_prompt_ends_within_one_forward(folder: Path)
     with load(folder, prompt_chunk=2) as llm:
         stream, forward, count = llm.stream([5] * 20, max_tokens=6), llm.kernel.forward, list[int]()
 
-        def closing(n_rows: int) -> None:
-            forward(n_rows)
+        def closing(n_rows: int, again: tuple[int, ...] | None = None) -> None:
+            forward(n_rows, again)
             count.append(n_rows)
             if len(count) == 3:
                 joined(started(stream.close))
@@ -188,9 +188,9 @@ def test_c53_an_interrupt_within_a_forward_keeps_what_came_before(folder: Path) 
         llm.forget()
         forward, count = llm.kernel.forward, list[int]()
 
-        def interrupted(n_rows: int) -> None:
+        def interrupted(n_rows: int, again: tuple[int, ...] | None = None) -> None:
             count.append(n_rows)
-            forward(n_rows)
+            forward(n_rows, again)
             if len(count) == 3:
                 raise KeyboardInterrupt
 
@@ -300,9 +300,9 @@ def test_c52_a_stream_is_read_by_one_thread_at_a_time(llm: ff.LLM) -> None:
         except ff.RequestError as error:
             refused.append(error)
 
-    def forward_and_steal(n_rows: int) -> None:
+    def forward_and_steal(n_rows: int, again: tuple[int, ...] | None = None) -> None:
         joined(started(steal))
-        forward(n_rows)
+        forward(n_rows, again)
 
     llm.kernel.forward = forward_and_steal  # type: ignore[method-assign]
     try:

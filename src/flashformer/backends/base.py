@@ -99,8 +99,13 @@ class Kernel(ABC):
     logits: NDArray[np.float32]  # (MAX_HEAD_ROWS, vocab_size) valid where that row wanted LOGITS
 
     @abstractmethod
-    def forward(self, n_rows: int) -> None:
-        """Runs `rows[:n_rows]`. Raises NumericalError, DeviceError, RequestError (ids or positions out of range)."""
+    def forward(self, n_rows: int, again: tuple[int, ...] | None = None) -> None:
+        """Runs `rows[:n_rows]`. Raises NumericalError, DeviceError, RequestError (ids or positions out of range).
+
+        `again` says that the next forward will be of the same rows, with the tokens that they get and at their next
+        positions, unless one of those tokens is in `again`. Kernels that can begin with it at once; if another forward
+        comes instead, those positions hold what nobody asked for.
+        """
 
     @abstractmethod
     def describe(self) -> dict[str, object]:

@@ -44,6 +44,8 @@ def token_loop(
     adjusted = request.repeat_penalty != 1 or len(request.logit_bias) > 0
     changes = Adjustments(rows, slot, ids, request.repeat_penalty, request.logit_bias) if adjusted else None
     first, last = (changes.begin, changes.end) if changes else (0, 0)
+    end = n + request.max_tokens - 1  # of the positions whose tokens run
+    stops = None if changes or logits is not None else tuple(request.stop_ids)
 
     def put(row: int) -> None:
         want[row], temperature[row], top_k[row], top_p[row], min_p[row] = wanted, heat, most, share, least
@@ -63,7 +65,7 @@ def token_loop(
             raise DeviceError("something else wrote to the cache of this request (`forget`): ask again")
         token[0], slots[0], pos[0] = last_token, index, at
         put(0)
-        forward(1)
+        forward(1, stops if at + 1 < end and not turns.n_waiting else None)
         held[at], slot.n = last_token, at + 1
         return result()
 
@@ -75,7 +77,7 @@ def token_loop(
     for begin in range(slot.n, n, chunk):
         new = take(run_chunk, begin, min(begin + chunk, n))
         yield new
-    for at in range(n, n + request.max_tokens - 1):
+    for at in range(n, end):
         if new in request.stop_ids:
             return
         if changes is not None:

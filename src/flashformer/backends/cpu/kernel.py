@@ -106,7 +106,7 @@ class CpuKernel(Kernel):
         self.logits = logit_rows[:, : program.spec.vocab_size]
         self._forward: Callable[[int], tuple[int, int]] = self._native.forward
 
-    def forward(self, n_rows: int) -> None:
+    def forward(self, n_rows: int, again: tuple[int, ...] | None = None) -> None:
         outcome, detail = self._forward(n_rows)
         if outcome != Outcome.DONE:
             self._fail(Outcome(outcome), detail, n_rows)

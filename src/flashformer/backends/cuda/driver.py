@@ -21,6 +21,10 @@ from .specialize import MIN_CAPABILITY, DeviceFacts
 LIBRARY = "libcuda.so.1"
 
 
+class LostContextError(DeviceError):
+    """Nothing on the GPU can be used by this process any more."""
+
+
 @dataclass(frozen=True)
 class GpuInfo:
     """A GPU as the driver describes it."""
@@ -64,9 +68,17 @@ class Gpu(Protocol):
         """`argument` is copied before this returns."""
         ...
 
+    def mark(self, event: int) -> None:
+        """Event 0 or 1 is what has been queued so far."""
+        ...
+
+    def wait(self, event: int) -> None:
+        """For what was queued before that event was marked."""
+        ...
+
     def finish(self) -> None: ...
     def seconds(self, work: Callable[[], None]) -> float:
-        """How long the GPU takes for what `work` queues."""
+        """How long the GPU takes for what `work` queues, behind the same once more: it never waits for Python."""
         ...
 
     def close(self) -> None: ...
@@ -120,9 +132,12 @@ def find_gpu() -> GpuInfo:
 def _require(driver: Any, result: tuple[Any, ...], what: str) -> tuple[Any, ...]:
     """What a call gives behind its status. Raises DeviceError with the driver's own name of the error."""
     status = result[0]
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise DeviceError(f"{what} failed: {_error_text(driver, status)}{_ADVICE.get(status.name, '')}")
-    return result[1:]
+    if status == driver.CUresult.CUDA_SUCCESS:
+        return result[1:]
+    message = f"{what} failed: {_error_text(driver, status)}"
+    if status.name in _LOST:
+        raise LostContextError(f"{message}. The GPU's context is lost: start the process anew, and report this")
+    raise DeviceError(message + _ADVICE.get(status.name, ""))
 
 
 def _error_text(driver: Any, status: Any) -> str:
@@ -132,14 +147,16 @@ def _error_text(driver: Any, status: Any) -> str:
     return f"{status.name} ({text.decode(errors='replace')})"
 
 
-_LOST = ". The GPU's context is lost: start the process anew, and report this"
+_LOST = frozenset(
+    f"CUDA_ERROR_{name}"
+    for name in (
+        "ASSERT", "CONTEXT_IS_DESTROYED", "ECC_UNCORRECTABLE", "HARDWARE_STACK_ERROR", "ILLEGAL_ADDRESS",
+        "ILLEGAL_INSTRUCTION", "INVALID_ADDRESS_SPACE", "INVALID_PC", "LAUNCH_FAILED", "LAUNCH_TIMEOUT",
+        "MISALIGNED_ADDRESS",
+    )
+)  # fmt: skip
 _ADVICE = {
     "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE": ". Another process or MPS holds a part of the GPU",
-    "CUDA_ERROR_ILLEGAL_ADDRESS": _LOST,
-    "CUDA_ERROR_ILLEGAL_INSTRUCTION": _LOST,
-    "CUDA_ERROR_LAUNCH_FAILED": _LOST,
-    "CUDA_ERROR_LAUNCH_TIMEOUT": _LOST,
-    "CUDA_ERROR_MISALIGNED_ADDRESS": _LOST,
     "CUDA_ERROR_NO_BINARY_FOR_GPU": ". The driver is older than NVRTC: update it, or take an older nvidia-cuda-nvrtc",
     "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": ". The driver is older than NVRTC: update it",
     "CUDA_ERROR_NO_DEVICE": ". No GPU is visible to this process: check CUDA_VISIBLE_DEVICES",
@@ -195,8 +212,10 @@ class DriverGpu:
             self._enter()
             flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
             (self._stream,) = self._call("cuStreamCreate", flags, what="making a stream")
+            plain = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING.value
+            self._events = [self._call("cuEventCreate", plain, what="making an event")[0] for _ in range(2)]
         except BaseException:
-            self._call("cuDevicePrimaryCtxRelease", self._device, what="closing the GPU")
+            driver.cuDevicePrimaryCtxRelease(self._device)  # what went wrong first is what counts
             raise
 
     def _call(self, name: str, *arguments: Any, what: str) -> tuple[Any, ...]:
@@ -254,6 +273,7 @@ class DriverGpu:
             what = f"asking for {shared_bytes:,} bytes of shared memory per block"
             self._call("cuKernelSetAttribute", most, shared_bytes, kernel, self._device, what=what)
             (function,) = self._call("cuKernelGetFunction", kernel, what=f"readying {entry}")
+            self._call("cuFuncSetAttribute", function, most, shared_bytes, what=what)  # what is asked and launched
             (per_sm,) = self._call(
                 "cuOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, shared_bytes, what="asking what fits"
             )
@@ -285,6 +305,14 @@ class DriverGpu:
             what="launching the kernel",
         )
 
+    def mark(self, event: int) -> None:
+        self._enter()
+        self._call("cuEventRecord", self._events[event], self._stream, what="marking what was queued")
+
+    def wait(self, event: int) -> None:
+        self._enter()
+        self._call("cuEventSynchronize", self._events[event], what="running the kernel")
+
     def finish(self) -> None:
         self._enter()
         self._call("cuStreamSynchronize", self._stream, what="running the kernel")
@@ -293,6 +321,7 @@ class DriverGpu:
         self._enter()
         events = [self._call("cuEventCreate", 0, what="making an event")[0] for _ in range(2)]
         try:
+            work()
             self._call("cuEventRecord", events[0], self._stream, what="noting the time")
             work()
             self._call("cuEventRecord", events[1], self._stream, what="noting the time")
@@ -307,5 +336,7 @@ class DriverGpu:
         if self._open:
             self._open = False
             self._enter()
+            for event in self._events:
+                self._driver.cuEventDestroy(event)
             self._driver.cuStreamDestroy(self._stream)
             self._call("cuDevicePrimaryCtxRelease", self._device, what="closing the GPU")

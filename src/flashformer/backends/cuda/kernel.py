@@ -2,6 +2,11 @@
 
 A forward of more rows than the largest kernel takes, on GPUs with little shared memory, is several launches: its rows
 in their order, so that a later launch finds the keys and values of the earlier ones.
+
+Where the caller says that it will run the same rows again, their next launch is queued behind the present one before
+that has ended: it finds the tokens in the memory of the GPU, and does nothing if one of them is a stop token. So the
+GPU does not wait for Python between two tokens. If another forward is asked for instead, what the queued one computed
+is left where it is, in positions that nobody counts on.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,7 +27,6 @@ from ...checkpoint.tensor import Tensor
 from ...errors import DeviceError
 from ...program.ir import MAX_HEAD_ROWS, Buffer, Space
 from ...program.records import flatten
-from .. import nonfinite
 from ..base import ADJUST_COLUMNS, ROW_COLUMNS, Kernel, Rows, Times, Want
 from ..packed import Progress, load_or_pack
 from ..rows import Batch, read_rows
@@ -29,30 +34,28 @@ from ..weights import rope_tables
 from .cache import cubin_of
 from .driver import DriverGpu, Gpu
 from .host import extension, host_memory
-from .launch import (
-    BLOCK,
-    EXPECTED,
-    FIRST_PLACE,
-    FLAG,
-    LAUNCH,
-    PHASE,
-    REPORT_WORDS,
-    SEEN,
-    SITE,
-    fill,
-    parts,
-    shifted,
-    site_names,
-)
+from .launch import LAUNCH, REPORT_WORDS, error_of, fill, parts, shifted
 from .nvrtc import ENTRY, Source, resources, source_of, version
 from .pack import pack_weights
 from .probe import probe_gb_s
-from .specialize import THREADS, Specialization, row_counts, specialize
+from .specialize import MAX_ROWS, THREADS, Specialization, row_counts, specialize
 
 SPIN_CYCLES = 3_000_000_000  # that a wait may take: about 1.5 s
 UPLOAD_BYTES = 64 << 20  # between two reports of progress
 
+TURNS = 2  # forwards under way at most
+FAILED = MAX_HEAD_ROWS  # behind the tokens in the results of a forward
+
 Compile = Callable[[Source], bytes]
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A forward under way."""
+
+    launch: NDArray[np.void]  # the record, of the first launch if it is several
+    turn: int  # which event and which results are its own
+    n_tokens: int
 
 
 class CudaKernel(Kernel):
@@ -79,8 +82,9 @@ class CudaKernel(Kernel):
         self._opened = ExitStack()  # gives back what was taken, last first
         self._pid = os.getpid()
         self._end = weakref.finalize(self, _give_back, self._opened, self._pid)
-        self._base = base
+        self._base = base  # of the next launch
         self._launch_phases = 0  # of the last launch
+        self._next: _Queued | None = None  # before it was asked for
         self._registers = 0
         self._compiler = compiler
         self._checked = checked
@@ -184,42 +188,102 @@ class CudaKernel(Kernel):
         target, work = self.program.target, int(self._launch["work"][0])
         buffers: dict[Space, Buffer] = {b.space: b for b in self.program.memory.buffers}
         self._merges = work + buffers[Space.MERGES].offset, buffers[Space.MERGES].n_bytes
-        self._tokens_at, self._logits_at = work + buffers[Space.TOKENS].offset, work + buffers[Space.LOGITS].offset
+        self._logits_at = work + buffers[Space.LOGITS].offset
         self._logits_stride = buffers[Space.LOGITS].shape[1]
         self._report = self._pinned(REPORT_WORDS + target.n_workers, np.uint32)
         self._report_at = self._allocate("report", self._report.nbytes)
-        self.tokens = self._pinned(MAX_HEAD_ROWS, np.int32)
+        self._results = self._pinned(TURNS * 2 * MAX_HEAD_ROWS, np.int32).reshape(TURNS, -1)
+        self.tokens = np.zeros(MAX_HEAD_ROWS, np.int32)
         self._all_logits = self._pinned(MAX_HEAD_ROWS * self._logits_stride, np.float32).reshape(MAX_HEAD_ROWS, -1)
         self.logits = self._all_logits[:, : self.program.spec.vocab_size]
 
     # ---- running
 
-    def forward(self, n_rows: int) -> None:
+    def forward(self, n_rows: int, again: tuple[int, ...] | None = None) -> None:
         if self._pid != os.getpid():
             raise DeviceError("this model was loaded before a fork: load it again in this process, or use spawn")
         if not self._kernels:
             raise DeviceError("the kernel is closed: load the model again")
         batch = read_rows(self.rows, n_rows, self.program)
+        now, self._next = self._next, None
+        if now is not None and not self._is(now, n_rows):
+            self._leave(now)
+            now = None
+        if now is None:
+            now = self._queue(batch, 0)
+        if again is not None and self._may_queue(batch, again):
+            self._next = self._queue_again(batch, again, 1 - now.turn)
+        self._gpu.wait(now.turn)
+        results = self._results[now.turn]
+        if results[FAILED]:
+            self._fail()
+        self.tokens[: now.n_tokens] = results[: now.n_tokens]
+        if self._next is not None and not set(again or ()).isdisjoint(results[: now.n_tokens].tolist()):
+            self._base, self._next = int(self._next.launch["base"][0]), None  # it found that too, and did nothing
+
+    def _queue(self, batch: Batch, turn: int) -> _Queued:
+        """The forward of `batch`, whose rows are in the launch record."""
         self._upload_adjustments(batch)
+        self._results[turn, FAILED] = 0
         first = 0  # of the results
         for begin, part in parts(batch, max(self._kernels)):
-            launch = self._fill(part, begin)
-            self._gpu.launch(self._kernel_for(part.n_rows), launch)
-            self._base = (self._base + self.program.final_wait(self._launch_phases)) % 2**32
-            self._read_results(part, begin, first)
+            launch = self._launch if begin == 0 else shifted(self._launch, begin, part.n_rows)
+            self._fill(launch, part, turn, first)
+            self._start(launch)
+            self._read_logits(part, begin, first)
             first += len(part.head_rows)
-        self._gpu.read(self._report, self._report_at)
-        self._gpu.finish()
-        if self._report.any():
-            self._fail()
+        self._gpu.mark(turn)
+        return _Queued(self._launch, turn, first)
 
-    def _fill(self, batch: Batch, begin: int = 0) -> NDArray[np.void]:
-        """The launch record of `batch`, whose columns are the rows from `begin` on: there already if that is 0."""
-        launch = self._launch if begin == 0 else shifted(self._launch, begin, batch.n_rows)
-        self._launch_phases = len(self.program.phases) if batch.head_rows else self.program.head_begin
+    def _fill(self, launch: NDArray[np.void], batch: Batch, turn: int, first: int) -> None:
+        """What `batch` says besides the columns of its rows; its results are those from `first` on."""
         fill(launch, batch)
-        launch["base"], launch["n_phases"] = self._base, self._launch_phases
-        return launch
+        launch["n_phases"] = len(self.program.phases) if batch.head_rows else self.program.head_begin
+        launch["results"] = self._results[turn, first:].ctypes.data
+        launch["failed"] = self._results[turn, FAILED:].ctypes.data
+
+    def _start(self, launch: NDArray[np.void]) -> None:
+        launch["base"] = self._base
+        self._launch_phases = int(launch["n_phases"][0])
+        self._gpu.launch(self._kernel_for(int(launch["n_rows"][0])), launch)
+        self._base = (self._base + self.program.final_wait(self._launch_phases)) % 2**32
+
+    def _may_queue(self, batch: Batch, again: tuple[int, ...]) -> bool:
+        """Whether the next forward of these rows can be queued now: one launch that needs nothing from the host."""
+        rows, n = self.rows, batch.n_rows
+        return (
+            n <= max(self._kernels)
+            and len(again) <= MAX_ROWS
+            and self._kernels is not self._timed
+            and bool((rows.want[:n] == Want.TOKEN).all())
+            and not (rows.adjust_begin[:n] < rows.adjust_end[:n]).any()
+            and int(rows.pos[:n].max()) + 1 < self.program.target.ctx
+        )
+
+    def _queue_again(self, batch: Batch, again: tuple[int, ...], turn: int) -> _Queued:
+        launch, n = self._launch.copy(), batch.n_rows
+        self._results[turn, FAILED] = 0
+        self._fill(launch, batch, turn, 0)
+        launch["token"][0, :n] = -1 - np.arange(n)
+        for name in ("pos", "group_pos"):
+            launch[name] += 1
+        launch["stops"][0, : len(again)], launch["n_stops"] = again, len(again)
+        self._start(launch)
+        self._gpu.mark(turn)
+        return _Queued(launch, turn, n)
+
+    def _is(self, queued: _Queued, n_rows: int) -> bool:
+        """Whether a forward that was queued ahead is that of the present rows."""
+        if queued.n_tokens != n_rows or not np.array_equal(self.rows.token[:n_rows], self.tokens[:n_rows]):
+            return False
+        columns = (name for name in ROW_COLUMNS if name != "token")
+        return all(np.array_equal(self._launch[c][0, :n_rows], queued.launch[c][0, :n_rows]) for c in columns)
+
+    def _leave(self, queued: _Queued) -> None:
+        """Waits for a forward that nobody wants any more."""
+        self._gpu.wait(queued.turn)
+        if self._results[queued.turn, FAILED]:
+            self._read_report()
 
     def _kernel_for(self, n_rows: int) -> Any:
         """What a GPU launches: the kernel for as few rows as will do."""
@@ -233,37 +297,27 @@ class CudaKernel(Kernel):
             for name in ("adjust_token", "adjust_penalty", "adjust_bias"):
                 self._gpu.write(int(self._launch[name][0]), getattr(rows, name)[:end])
 
-    def _read_results(self, batch: Batch, begin: int, first: int) -> None:
+    def _read_logits(self, batch: Batch, begin: int, first: int) -> None:
         """Of the launch of a part that begins at row `begin`, whose results are those from `first` on."""
-        if batch.head_rows:
-            self._gpu.read(self.tokens[first : first + len(batch.head_rows)], self._tokens_at)
         wanted = [i for i, row in enumerate(batch.head_rows) if self.rows.want[begin + row] == Want.LOGITS]
         if wanted:
             part = self._all_logits[first + wanted[0] : first + wanted[-1] + 1]
             self._gpu.read(part, self._logits_at + wanted[0] * 4 * self._logits_stride)
 
-    def _fail(self) -> NoReturn:
-        """The report says that something went wrong; afterwards the kernel is as if nothing had."""
-        report = self._report.tolist()
-        self._gpu.zero(self._report_at, self._report.nbytes)
-        if report[FLAG]:  # arrivals and merges were not counted to the end
-            self._gpu.zero(self._counter, 4)
-            self._gpu.zero(*self._merges)
-            self._base = 0
+    def _read_report(self) -> list[int]:
+        """Of what went wrong; afterwards the kernel is as if nothing had."""
+        self._gpu.read(self._report, self._report_at)
         self._gpu.finish()
-        if report[FLAG]:
-            raise self._gave_up(report)
-        raise nonfinite.at_place(self.program, min(word for word in report[REPORT_WORDS:] if word) - FIRST_PLACE)
+        self._next = None
+        self._gpu.zero(self._report_at, self._report.nbytes)
+        self._gpu.zero(self._counter, 4)  # arrivals and merges of an aborted launch were not counted to the end
+        self._gpu.zero(*self._merges)
+        self._base = 0
+        self._gpu.finish()
+        return [int(word) for word in self._report]
 
-    def _gave_up(self, report: list[int]) -> DeviceError:
-        index, names = report[PHASE], site_names()
-        phase = self.program.phases[index] if index < len(self.program.phases) else None
-        where = f"{phase.op.value} of layer {phase.layer}" if phase is not None else "unknown"
-        site = names[report[SITE]] if report[SITE] < len(names) else f"site {report[SITE]}"
-        return DeviceError(
-            f"block {report[BLOCK]} waited in vain in phase {index} ({where}): {site}; {report[SEEN]} seen, "
-            f"{report[EXPECTED]} expected. The forward was given up, its slots must be computed anew. Please report"
-        )
+    def _fail(self) -> NoReturn:
+        raise error_of(self.program, self._read_report())
 
     # ---- looking at it
 
@@ -311,7 +365,7 @@ class CudaKernel(Kernel):
 
     def close(self) -> None:
         self._kernels = {}
-        for name in ("tokens", "logits", "_all_logits", "_report", "_times"):  # views of memory that goes
+        for name in ("logits", "_all_logits", "_report", "_results", "_times"):  # views of memory that goes
             self.__dict__.pop(name, None)
         self._end()
 

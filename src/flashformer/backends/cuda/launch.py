@@ -10,6 +10,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import DeviceError
+from ...program.ir import Program
+from .. import nonfinite
 from ..base import ROW_COLUMNS
 from ..rows import Batch
 from .nvrtc import device_headers
@@ -18,8 +21,9 @@ from .specialize import MAX_ROWS
 POINTERS = (
     "weights", "kv", "work", "model", "phases", "schedule", "tapes", "tape_begin", "counter", "report",
     "accumulators", "times", "adjust_token", "adjust_penalty", "adjust_bias", "adjust_kept",
+    "results", "failed",
 )  # fmt: skip
-COUNTS = ("base", "n_rows", "n_phases", "n_groups", "n_head_rows", "unused")
+COUNTS = ("base", "n_rows", "n_phases", "n_groups", "n_head_rows", "n_stops")
 GROUPS = ("group_slot", "group_begin", "group_end", "group_pos")  # one entry per run of rows of one slot
 
 LAUNCH = np.dtype(
@@ -29,6 +33,7 @@ LAUNCH = np.dtype(
         *((name, "<u4") for name in COUNTS),
         *((name, "<i4", MAX_ROWS) for name in (*GROUPS, "head_row")),
         *((name, dtype, MAX_ROWS) for name, dtype in ROW_COLUMNS.items() if name != "seed"),
+        ("stops", "<i4", MAX_ROWS),
     ]
 )
 
@@ -42,6 +47,20 @@ FIRST_PLACE = 2
 def site_names() -> tuple[str, ...]:
     """What each site orders, by number."""
     return tuple(re.findall(r'^ *X\(\w+, "(.*)"\)', device_headers()["sites.h"], re.MULTILINE))
+
+
+def error_of(program: Program, report: list[int]) -> Exception:
+    """What a report says that is not all zeros."""
+    if not report[FLAG]:
+        return nonfinite.at_place(program, min(word for word in report[REPORT_WORDS:] if word) - FIRST_PLACE)
+    index, names = report[PHASE], site_names()
+    phase = program.phases[index] if index < len(program.phases) else None
+    where = f"{phase.op.value} of layer {phase.layer}" if phase is not None else "unknown"
+    site = names[report[SITE]] if report[SITE] < len(names) else f"site {report[SITE]}"
+    return DeviceError(
+        f"block {report[BLOCK]} waited in vain in phase {index} ({where}): {site}; {report[SEEN]} seen, "
+        f"{report[EXPECTED]} expected. The forward was given up, its slots must be computed anew. Please report"
+    )
 
 
 def parts(batch: Batch, most: int) -> Iterator[tuple[int, Batch]]:

@@ -29,7 +29,7 @@ class ReferenceKernel(Kernel):
         self._hand_offs = HandOffs(self.program)
         self._state: State | None = State(self.program, Weights(self.program, weights), self.rows)
 
-    def forward(self, n_rows: int) -> None:
+    def forward(self, n_rows: int, again: tuple[int, ...] | None = None) -> None:
         """See Kernel. AssertionError: the Program lacks a hand-off, which `check` should have found."""
         if self._state is None:
             raise DeviceError("the kernel is closed: load the model again")

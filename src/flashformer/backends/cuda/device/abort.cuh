@@ -18,17 +18,19 @@ struct Waiter {
   Site site;
 };
 
-inline COLD void write_record(u32* report, u32 block, u32 phase, u32 site, u32 seen, u32 expected) {
+inline COLD void write_record(u32* report, u32* failed, u32 block, u32 phase, u32 site, u32 seen, u32 expected) {
   if (atom_add_acq_rel(Site::kAbortClaim, report + kReportClaim, 1) != 0) return;
   st_relaxed(report + kReportBlock, block);
   st_relaxed(report + kReportPhase, phase);
   st_relaxed(report + kReportSite, site);
   st_relaxed(report + kReportSeen, seen);
   st_relaxed(report + kReportExpected, expected);
+  st_relaxed(failed, 1);
   st_relaxed(report + kReportFlag, 1);
 }
 inline DEVICE void write_abort(const Waiter& waiter, u32 seen, u32 expected) {
-  write_record(waiter.launch.report, waiter.block, waiter.phase, static_cast<u32>(waiter.site), seen, expected);
+  const Launch& launch = waiter.launch;
+  write_record(launch.report, launch.failed, waiter.block, waiter.phase, static_cast<u32>(waiter.site), seen, expected);
 }
 
 // The patience of one wait.

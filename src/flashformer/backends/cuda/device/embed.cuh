@@ -57,7 +57,7 @@ inline DEVICE void embed(Context& ctx, const Phase& phase, const Span& span) {
   const u32 d_model = static_cast<u32>(model.d_model), begin = static_cast<u32>(span.begin * kEmbedBlock);
   const u32 width = static_cast<u32>((span.end > span.begin ? span.end - span.begin : 0) * kEmbedBlock);
   for (u32 i = ctx.thread; i < launch.n_rows * width; i += kConsumers) {
-    const u32 r = i / width, k = begin + i % width, token = static_cast<u32>(launch.token[r]);
+    const u32 r = i / width, k = begin + i % width, token = ld_shared<u32>(ctx.at(kSmemTokens) + 4 * r);
     f32 x = 0.0f;
     if (k < d_model && model.embed_offset < 0) {
       x = fragment_element(launch, head, token, k);

@@ -30,6 +30,7 @@
 #include "product.cuh"
 #include "ring.cuh"
 #include "sample.cuh"
+#include "tokens.cuh"
 
 namespace flashformer {
 
@@ -110,7 +111,9 @@ inline DEVICE void store_bad(const Context& ctx) {
     const u32 other = ld_shared<u32>(ctx.at(kSmemReduce) + 4 * w);
     first = other < first ? other : first;
   }
-  if (first != kNothingBad) st_global(ctx.launch.report + kReportBad + ctx.block, first);
+  if (first == kNothingBad) return;
+  st_global(ctx.launch.report + kReportBad + ctx.block, first);
+  st_relaxed(ctx.launch.failed, 1);
 }
 
 // What phases compute from these shall not be kept in registers over all phases, where attend needs every one.
@@ -154,7 +157,9 @@ inline DEVICE void run_thread(const Launch& launch, u32 smem) {
   const u32 warp = warp_index(), lane = lane_index();
   if (thread_index() == 0) init_ring(smem);
   copy_model(launch, smem);
+  if (warp == kWarps) copy_tokens(launch, smem, lane);
   bar_sync(Site::kInitBar, 0, kThreads);
+  if (is_over(launch, smem)) return;
   if (warp == kWarps) {
     if (lane == 0) produce(launch, smem, block_index());
     return;

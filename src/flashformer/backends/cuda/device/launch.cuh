@@ -16,12 +16,14 @@ constexpr u32 kMaxRows = 16;
 
 // Records in use are copied to the end of shared memory: of the L1 cache nothing is left after an acquire, so their
 // first use in every phase would be a way to L2 and back, one after another.
-constexpr u32 kSmemRecords = kSmemSmall + kSmallBytes - 704;
+constexpr u32 kSmemRecords = kSmemSmall + kSmallBytes - 768;
 constexpr u32 kSmemModel = kSmemRecords;      // Model,
 constexpr u32 kSmemPhase = kSmemModel + 288;  // Phase and
 constexpr u32 kSmemSpan = kSmemPhase + 336;   // Span of the phase that is executed,
-constexpr u32 kSmemAhead = kSmemSpan + 32;    // second half of the Span of the next one, in turns of two
+constexpr u32 kSmemAhead = kSmemSpan + 32;    // second half of the Span of the next one, in turns of two,
+constexpr u32 kSmemTokens = kSmemAhead + 32;  // (kMaxRows) i32, the rows' tokens; -1 where there is none to go on with
 static_assert(sizeof(Model) <= 288 && sizeof(Phase) == 336 && sizeof(Span) == 32 && kSmemPhase % 16 == 0);
+static_assert(kSmemTokens + 4 * kMaxRows <= kSmemSmall + kSmallBytes);
 
 constexpr f32 kLargestF32 = 3.402823466e+38f;
 
@@ -64,6 +66,8 @@ struct Launch {
   const f32* adjust_penalty;  // (adjustments)
   const f32* adjust_bias;     // (adjustments)
   f32* adjust_kept;           // (adjustments)
+  i32* results;               // (kMaxHeadRows) the tokens, in memory of the host
+  u32* failed;                // (1) not 0 if the report says something, in memory of the host
   u64 spin_limit;             // cycles that a wait may take
   u64 seed[kMaxRows];
   u32 base;      // arrivals counted before this launch
@@ -71,13 +75,13 @@ struct Launch {
   u32 n_phases;  // all, or model.head_begin where no row wants anything
   u32 n_groups;
   u32 n_head_rows;
-  u32 unused;
+  u32 n_stops;
   i32 group_slot[kMaxRows];   // a run of rows of one slot:
   i32 group_begin[kMaxRows];  // rows [begin, end)
   i32 group_end[kMaxRows];
   i32 group_pos[kMaxRows];  // position of the first
   i32 head_row[kMaxRows];   // the rows that want something
-  i32 token[kMaxRows];
+  i32 token[kMaxRows];      // -1 - i: the i-th of those that the launch before chose
   i32 slot[kMaxRows];
   i32 pos[kMaxRows];
   i32 want[kMaxRows];  // Want
@@ -88,6 +92,7 @@ struct Launch {
   i32 choice[kMaxRows];
   i32 adjust_begin[kMaxRows];
   i32 adjust_end[kMaxRows];
+  i32 stops[kMaxRows];  // (n_stops) there is nothing to do where the launch before chose one of these
 
   DEVICE const Model& records() const { return shared_record(kSmemModel, model[0]); }
   DEVICE f32* residual() const { return reinterpret_cast<f32*>(work + records().residual); }  // (rows, d_model_stride)
@@ -119,8 +124,8 @@ struct Launch {
     return adjust_begin[row] < adjust_end[row] || (temperature[row] > 0.0f && filters);
   }
 };
-static_assert(sizeof(Launch) == 1312);
-static_assert(__builtin_offsetof(Launch, spin_limit) == 128 && __builtin_offsetof(Launch, base) == 264);
-static_assert(__builtin_offsetof(Launch, group_slot) == 288 && __builtin_offsetof(Launch, token) == 608);
+static_assert(sizeof(Launch) == 1392);
+static_assert(__builtin_offsetof(Launch, spin_limit) == 144 && __builtin_offsetof(Launch, base) == 280);
+static_assert(__builtin_offsetof(Launch, group_slot) == 304 && __builtin_offsetof(Launch, token) == 624);
 
 }  // namespace flashformer

@@ -59,7 +59,10 @@ inline DEVICE void sample(Context& ctx, const Phase&, const Span& span) {
   for (u32 unit = span.begin; unit < launch.n_head_rows && unit < span.end; unit += span.step) {
     const u32 r = static_cast<u32>(launch.head_row[unit]);
     const Candidate found = launch.chooses_from_logits(r) ? choose(ctx, unit, r) : best_candidate(ctx, unit);
-    if (ctx.thread == 0) st_global<i32>(launch.tokens() + unit, found.token);
+    if (ctx.thread == 0) {
+      st_global<i32>(launch.tokens() + unit, found.token);
+      st_global<i32>(launch.results + unit, found.token);
+    }
     bar_sync(Site::kSampleUnit, kConsumerBarrier, kConsumers);  // the next unit reduces in the same memory
   }
 }
