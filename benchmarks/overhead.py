@@ -24,9 +24,9 @@ class Clock:
         self.forward = forward
         self.ns = 0
 
-    def __call__(self, n_rows: int) -> None:
+    def __call__(self, n_rows: int, again: tuple[int, ...] | None = None) -> None:
         begin = perf_counter_ns()
-        self.forward(n_rows)
+        self.forward(n_rows, again)
         self.ns += perf_counter_ns() - begin
 
 
