@@ -49,9 +49,9 @@ import time
 from flashformer.backends.cpu.kernel import CpuKernel
 from flashformer.cli import main
 forward = CpuKernel.forward
-def slowly(kernel, n_rows):
+def slowly(kernel, *arguments):
     time.sleep(0.03)
-    forward(kernel, n_rows)
+    forward(kernel, *arguments)
 CpuKernel.forward = slowly
 main()
 """

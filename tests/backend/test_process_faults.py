@@ -216,9 +216,9 @@ def test_c53_an_interrupt_stops_within_one_forward_and_leaves_the_model_usable()
         llm = ff.load("shape:smollm2-135m", ctx=1600, threads=2, prompt_chunk=16)
         done, forward = 0, llm.kernel.forward
 
-        def counted(n_rows):
+        def counted(*arguments):
             global done
-            forward(n_rows)
+            forward(*arguments)
             done += 1
 
         def interrupt():
