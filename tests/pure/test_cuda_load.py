@@ -29,11 +29,14 @@ def run(gpu: FakeGpu, launch: np.void) -> None:
     """Logits that grow towards the id after the row's own; the token is their largest."""
     model = gpu.read_now(int(launch["model"]), MODEL, 1)[0]
     work, stride = int(launch["work"]), int(model["logits_stride"])
+    chosen = gpu.read_now(work + int(model["tokens"]), np.int32, 16)
+    results = gpu.pinned_at(int(launch["results"]), np.int32, launch["n_head_rows"])
     for i, row in enumerate(launch["head_row"][: launch["n_head_rows"]]):
-        best = (int(launch["token"][row]) + 1) % VOCAB_SIZE
+        token = int(launch["token"][row])
+        best = (int(chosen[-1 - token] if token < 0 else token) + 1) % VOCAB_SIZE
         logits = gpu.read_now(work + int(model["logits"]) + 4 * i * stride, np.float32, stride)
         logits[:] = -np.abs(np.arange(stride) - best)
-        gpu.read_now(work + int(model["tokens"]), np.int32, 16)[i] = best
+        chosen[i] = results[i] = best
 
 
 @pytest.fixture
