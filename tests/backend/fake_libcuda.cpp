@@ -1,8 +1,8 @@
 // A libcuda.so.1 in host memory, for driver.py: the calls it makes, in the driver's own signatures, and one kernel.
 //
 // The kernel copies: its argument is {to, from, bytes}. FAKE_FAIL=NAME:N:CODE makes the N-th call of NAME return CODE.
-// FAKE_GPUS, FAKE_MAJOR and FAKE_PER_SM are what the machine has. When the process ends, a line on stderr says what
-// was not given back.
+// FAKE_GPUS, FAKE_MAJOR and FAKE_PER_SM are what the machine has; with FAKE_HANGS the first stream is never done. When
+// the process ends, a line on stderr says what was not given back.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -13,11 +13,12 @@
 namespace {
 
 using Status = int;
-constexpr Status kSuccess = 0, kOutOfMemory = 2, kNotFound = 500;
+constexpr Status kSuccess = 0, kOutOfMemory = 2, kNotFound = 500, kNotReady = 600;
 
 std::map<std::string, int> calls;
 int live_memory, live_pinned, live_libraries, live_streams, live_events, live_contexts;
-size_t shared_allowed;
+size_t shared_allowed, shared_of_function;
+char streams[4];
 
 int setting(const char* name, int otherwise) {
   const char* text = std::getenv(name);
@@ -103,17 +104,22 @@ Status context_release(int) {
 Status context_set(void* context) { return context == &live_contexts ? kSuccess : 201; }
 Status stream_create(void** stream, unsigned flags) {
   CALL("cuStreamCreate");
-  ++live_streams;
-  *stream = &live_streams;
+  *stream = streams + live_streams++;
   return flags == 1 ? kSuccess : 1;
 }
+bool is_stream(const void* stream) { return stream >= streams && stream < streams + live_streams; }
 Status stream_destroy(void*) {
   --live_streams;
   return kSuccess;
 }
 Status stream_synchronize(void* stream) {
   CALL("cuStreamSynchronize");
-  return stream == &live_streams ? kSuccess : 400;
+  return is_stream(stream) ? kSuccess : 400;
+}
+Status stream_query(void* stream) {
+  CALL("cuStreamQuery");
+  if (!is_stream(stream)) return 400;
+  return stream == streams && setting("FAKE_HANGS", 0) ? kNotReady : kSuccess;
 }
 Status memory_allocate(uint64_t* address, size_t n_bytes) {
   CALL("cuMemAlloc");
@@ -145,11 +151,11 @@ Status pinned_free(void* memory) {
 }
 Status copy_to(uint64_t to, const void* from, size_t n_bytes, void* stream) {
   std::memcpy(reinterpret_cast<void*>(to), from, n_bytes);
-  return stream == &live_streams ? kSuccess : 400;
+  return is_stream(stream) ? kSuccess : 400;
 }
 Status copy_from(void* to, uint64_t from, size_t n_bytes, void* stream) {
   std::memcpy(to, reinterpret_cast<void*>(from), n_bytes);
-  return stream == &live_streams ? kSuccess : 400;
+  return is_stream(stream) ? kSuccess : 400;
 }
 Status fill(uint64_t to, unsigned char value, size_t n_bytes, void*) {
   std::memset(reinterpret_cast<void*>(to), value, n_bytes);
@@ -168,6 +174,7 @@ Status library_unload(void*) {
 }
 Status library_kernel(void** kernel, void* library, const char* name) {
   *kernel = &shared_allowed;
+  shared_of_function = 49152;
   return library == &live_libraries && std::string(name) == "copy" ? kSuccess : kNotFound;
 }
 Status kernel_attribute(int attribute, int value, void* kernel, int) {
@@ -179,14 +186,19 @@ Status kernel_function(void** function, void* kernel) {
   *function = kernel;
   return kSuccess;
 }
+Status function_attribute(void* function, int attribute, int value) {
+  CALL("cuFuncSetAttribute");
+  shared_of_function = static_cast<size_t>(value);
+  return attribute == 8 && function == &shared_allowed ? kSuccess : 1;
+}
 Status occupancy(int* blocks, void*, int threads, size_t shared) {
-  *blocks = threads == 288 && shared == shared_allowed ? setting("FAKE_PER_SM", 1) : 0;
+  *blocks = threads == 288 && shared <= shared_of_function ? setting("FAKE_PER_SM", 1) : 0;
   return kSuccess;
 }
 Status launch(void*, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
               void* stream, void** arguments) {
   CALL("cuLaunchCooperativeKernel");
-  if (x != 132 || y != 1 || z != 1 || threads != 288 || shared != shared_allowed || stream != &live_streams) return 1;
+  if (x != 132 || y != 1 || z != 1 || threads != 288 || shared != shared_of_function || stream != streams) return 1;
   const uint64_t* argument = static_cast<const uint64_t*>(arguments[0]);
   std::memcpy(reinterpret_cast<void*>(argument[0]), reinterpret_cast<void*>(argument[1]), argument[2]);
   return kSuccess;
@@ -202,6 +214,14 @@ Status event_destroy(void*) {
   return kSuccess;
 }
 Status event_record(void*, void*) { return kSuccess; }
+Status event_synchronize(void*) {
+  CALL("cuEventSynchronize");
+  return kSuccess;
+}
+Status event_query(void*) {
+  CALL("cuEventQuery");
+  return setting("FAKE_HANGS", 0) ? kNotReady : kSuccess;
+}
 Status event_elapsed(float* ms, void*, void*) {
   *ms = 2.5f;
   return kSuccess;
@@ -226,6 +246,7 @@ const std::map<std::string, void*> kFunctions = {
     {"cuStreamCreate", reinterpret_cast<void*>(stream_create)},
     {"cuStreamDestroy", reinterpret_cast<void*>(stream_destroy)},
     {"cuStreamSynchronize", reinterpret_cast<void*>(stream_synchronize)},
+    {"cuStreamQuery", reinterpret_cast<void*>(stream_query)},
     {"cuMemAlloc", reinterpret_cast<void*>(memory_allocate)},
     {"cuMemFree", reinterpret_cast<void*>(memory_free)},
     {"cuMemGetInfo", reinterpret_cast<void*>(memory_info)},
@@ -239,11 +260,14 @@ const std::map<std::string, void*> kFunctions = {
     {"cuLibraryGetKernel", reinterpret_cast<void*>(library_kernel)},
     {"cuKernelSetAttribute", reinterpret_cast<void*>(kernel_attribute)},
     {"cuKernelGetFunction", reinterpret_cast<void*>(kernel_function)},
+    {"cuFuncSetAttribute", reinterpret_cast<void*>(function_attribute)},
     {"cuOccupancyMaxActiveBlocksPerMultiprocessor", reinterpret_cast<void*>(occupancy)},
     {"cuLaunchCooperativeKernel", reinterpret_cast<void*>(launch)},
     {"cuEventCreate", reinterpret_cast<void*>(event_create)},
     {"cuEventDestroy", reinterpret_cast<void*>(event_destroy)},
     {"cuEventRecord", reinterpret_cast<void*>(event_record)},
+    {"cuEventSynchronize", reinterpret_cast<void*>(event_synchronize)},
+    {"cuEventQuery", reinterpret_cast<void*>(event_query)},
     {"cuEventElapsedTime", reinterpret_cast<void*>(event_elapsed)},
     {"cuGetErrorString", reinterpret_cast<void*>(error_string)},
 };

@@ -70,12 +70,15 @@ def test_a_kernel_runs_and_everything_is_given_back(library: Path) -> None:
         """
         gpu = DriverGpu()
         use(gpu)
-        print(gpu.seconds(lambda: use(gpu)))
+        runs = []
+        print(gpu.seconds(lambda: runs.append(use(gpu))), len(runs))
+        gpu.mark(1)
+        gpu.wait(1)
         gpu.close()
         gpu.close()
         """,
     )
-    assert out == "0.0025\n"
+    assert out == "0.0025 2\n"
     assert NOTHING_LEFT in err
 
 
@@ -140,6 +143,7 @@ def test_refusals_in_one_line(library: Path, fakes: dict[str, str | int], code: 
         ({"FAKE_FAIL": "cuStreamSynchronize:0:700"}, "use(gpu)", ["ILLEGAL_ADDRESS", "context is lost"]),
         ({"FAKE_FAIL": "cuLaunchCooperativeKernel:0:720"}, "use(gpu)", ["TOO_LARGE", "Another process or MPS"]),
         ({"FAKE_FAIL": "cuKernelSetAttribute:0:1"}, "use(gpu)", ["200,000 bytes of shared memory", "INVALID_VALUE"]),
+        ({"FAKE_FAIL": "cuFuncSetAttribute:0:1"}, "use(gpu)", ["200,000 bytes of shared memory", "INVALID_VALUE"]),
         ({"FAKE_FAIL": "cuLibraryLoadData:0:209"}, "use(gpu)", ["loading the kernel", "driver is older than NVRTC"]),
         ({}, "gpu.load(b'no kernel', 'copy', 132, 288, 0)", ["loading the kernel", "CUDA_ERROR_INVALID_IMAGE"]),
         ({}, "gpu.load(b'cubin', 'other', 132, 288, 0)", ["finding other", "CUDA_ERROR_NOT_FOUND"]),
@@ -158,6 +162,59 @@ def test_errors_say_what_failed_in_the_drivers_words(
     assert "contexts 0" in err
     if "load(" in code or "PER_SM" in str(fakes) or "Attribute" in str(fakes):
         assert "libraries 0" in err
+
+
+@pytest.mark.parametrize(("code", "lost"), [(700, True), (719, True), (716, True), (1, False), (2, False)])
+def test_a_lost_context_is_an_error_of_its_own(library: Path, code: int, lost: bool) -> None:
+    out, _ = run(
+        library,
+        """
+        from flashformer.backends.cuda.driver import LostContextError
+        try:
+            DriverGpu().finish()
+        except DeviceError as error:
+            print(isinstance(error, LostContextError))
+        """,
+        FAKE_FAIL=f"cuStreamSynchronize:0:{code}",
+    )
+    assert out == f"{lost}\n"
+
+
+WATCHED = f"""
+import sys
+sys.path.append({str(Path(__file__).parents[2] / "benchmarks")!r})
+from gpu_stages.watch import HungError, WatchedGpu, context_lost
+"""
+
+
+def test_a_gpu_that_is_watched_gives_everything_back(library: Path) -> None:
+    code = "gpu = WatchedGpu()\nuse(gpu)\ngpu.mark(0)\ngpu.wait(0)\ngpu.close()\nprint(context_lost())"
+    out, err = run(library, WATCHED + code)
+    assert out == "False\n"
+    assert NOTHING_LEFT in err
+
+
+@pytest.mark.parametrize("wait", ["gpu.finish()", "gpu.wait(0)"])
+def test_what_hangs_is_looked_at_and_then_left_alone(library: Path, wait: str) -> None:
+    code = f"""
+gpu, other = WatchedGpu(limit_s=0.05), WatchedGpu()
+data = np.arange(6, dtype=np.uint32)
+words = gpu.allocate(data.nbytes)
+gpu.write(words, data)
+gpu.watched = {{"words": (words, 20)}}
+try:
+    {wait}
+except HungError as error:
+    print(error, error.found)
+gpu.free(words)
+gpu.close()
+other.close()
+print(context_lost())
+"""
+    out, err = run(library, WATCHED + code, FAKE_HANGS=1)
+    assert out == "what runs on the GPU did not end in 0 s {'words': [0, 1, 2, 3, 4]}\nTrue\n"
+    assert "memory 1 " in err
+    assert "contexts 2" in err
 
 
 def test_no_driver_is_said_in_one_line() -> None:

@@ -333,7 +333,7 @@ def test_probe_reads_the_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None
         assert found is not None
         _, argument = gpu.launches[-1]
         assert (argument["data"], argument["n_bytes"]) == (made._launch["weights"][0], PROGRAM.packed_bytes)
-        assert found == pytest.approx(PROGRAM.packed_bytes / 0.002 / 1e9)  # the second launch of the fake
+        assert found == pytest.approx(PROGRAM.packed_bytes / 0.004 / 1e9)  # the fourth launch of the fake
         assert left(gpu) == before
 
 

@@ -18,14 +18,17 @@ REPEATS = 3
 PROBE = np.dtype([("data", "<u8"), ("n_bytes", "<u8"), ("sink", "<u8")])
 
 
+def probe_source(capability: tuple[int, int]) -> Source:
+    """Raises DeviceError as `architecture` does."""
+    return Source('#include "probe.cuh"\n', tuple(sorted(device_headers().items())), architecture(capability))
+
+
 def probe_gb_s(gpu: Gpu, address: int, n_bytes: int, compiler: Callable[[Source], bytes]) -> float | None:
     """The best of a few reads of [address, address + n_bytes), 1e9 bytes/s; None where caches would hold it."""
     if n_bytes < LEAST_BYTES:
         return None
     facts = gpu.info.facts
-    headers = tuple(sorted(device_headers().items()))
-    cubin = compiler(Source('#include "probe.cuh"\n', headers, architecture(facts.capability)))
-    kernel = gpu.load(cubin, ENTRY, facts.n_sm * BLOCKS_PER_SM, THREADS, 0)
+    kernel = gpu.load(compiler(probe_source(facts.capability)), ENTRY, facts.n_sm * BLOCKS_PER_SM, THREADS, 0)
     sink = gpu.allocate(4)
     try:
         argument = np.array([(address, n_bytes, sink)], PROBE)
