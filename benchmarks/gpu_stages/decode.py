@@ -1,4 +1,4 @@
-"""Rows and forwards of a kernel, and how far logits are from those of an oracle."""
+"""Rows and forwards of a kernel, and how long they take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashformer.backends.base import Kernel, Want
-from flashformer.backends.cuda.kernel import CudaKernel
+from flashformer.backends.cuda.kernel import FAILED, CudaKernel
 from flashformer.backends.rows import read_rows
 
 F32Array = NDArray[np.float32]
@@ -47,29 +47,43 @@ def relative_error(found: F32Array, expected: F32Array) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
+def run_phases(kernel: CudaKernel, n_rows: int, n_phases: int) -> None:
+    """A forward of rows that are filled already, in one launch, that ends behind its first phases."""
+    _filled(kernel, n_rows)
+    kernel._launch["n_phases"] = n_phases
+    kernel._start(kernel._launch)
+    kernel._gpu.finish()
+    _require_sound(kernel)
+
+
 def device_seconds(kernel: CudaKernel, n_rows: int, launches: int, repeats: int) -> list[float]:
     """Per forward of rows that are filled already, `launches` of them queued one behind another: time on the GPU.
 
     Each computes the same tokens at the same positions again.
     """
-    batch = read_rows(kernel.rows, n_rows, kernel.program)
-    kernel._fill(batch)
-    kernel._upload_adjustments(batch)
-    handle = kernel._kernel_for(n_rows)
-    arrivals = kernel.program.final_wait(kernel._launch_phases)
+    _filled(kernel, n_rows)
 
     def queue() -> None:
         for _ in range(launches):
-            kernel._launch["base"] = kernel._base
-            kernel._gpu.launch(handle, kernel._launch)
-            kernel._base = (kernel._base + arrivals) % 2**32
+            kernel._start(kernel._launch)
 
     times = [kernel._gpu.seconds(queue) / launches for _ in range(1 + repeats)][1:]
-    kernel._gpu.read(kernel._report, kernel._report_at)
-    kernel._gpu.finish()
-    if kernel._report.any():
-        kernel._fail()
+    _require_sound(kernel)
     return times
+
+
+def _filled(kernel: CudaKernel, n_rows: int) -> None:
+    """The launch record of one launch, whose results are those of turn 0."""
+    batch = read_rows(kernel.rows, n_rows, kernel.program)
+    assert n_rows <= max(kernel._kernels)
+    kernel._upload_adjustments(batch)
+    kernel._results[0, FAILED] = 0
+    kernel._fill(kernel._launch, batch, 0, 0)
+
+
+def _require_sound(kernel: CudaKernel) -> None:
+    if kernel._results[0, FAILED]:
+        kernel._fail()
 
 
 def wall_seconds(kernel: Kernel, n_rows: int, repeats: int) -> float:

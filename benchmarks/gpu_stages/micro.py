@@ -9,25 +9,25 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 
-from flashformer.backends.cuda.driver import DriverGpu
 from flashformer.backends.cuda.launch import LAUNCH
-from flashformer.backends.cuda.nvrtc import compile_cubin, source_of
-from flashformer.backends.cuda.specialize import THREADS, Specialization, specialize
+from flashformer.backends.cuda.nvrtc import Source, compile_cubin, source_of
+from flashformer.backends.cuda.specialize import THREADS, DeviceFacts, Specialization, specialize
 from flashformer.check import CheckedProgram, check
 from flashformer.formats import Format, find_quant
 from flashformer.model.outline import read_outline
 from flashformer.program import build, fragments
 from flashformer.program.ir import Program
 
-from .device import Compiler, Memory, note_clocks, open_gpu, source
+from .device import Compiler, Memory, failing, note_clocks, open_gpu, source
 from .record import Clock, Record, spread
-from .stream import STREAM, Block, Read, Reader
+from .stream import IN_VAIN, STREAM, Block, Read, Reader
 from .target import cuda_target
+from .watch import WatchedGpu
 
 DATA_BYTES, PERIOD_BYTES = 2 << 30, 64 << 20
 SLOTS = tuple(n << 10 for n in (4, 8, 16, 32))
@@ -37,22 +37,37 @@ PASSES = 50  # of dequant.cu over its slots
 FORMATS = ("none", "int8-g128", "int8-g32", "int4-g128", "int4-g32")
 
 
+@dataclass(frozen=True)
+class Bench:
+    record: Record
+    clock: Clock
+    gpu: WatchedGpu
+    compiler: Compiler
+
+
 def run(record: Record, clock: Clock) -> None:
-    gpu, compiler = open_gpu(record), Compiler()
+    gpu = open_gpu(record)
     try:
-        record.about(data_bytes=DATA_BYTES, repeats=REPEATS)
-        with Memory(gpu) as memory:
-            reader = _reader(gpu, compiler, memory)
-            _grid(record, clock, reader)
-            _hand_offs(record, clock, reader)
-        _launches(record, clock, gpu, compiler)
-        _dequant(record, clock, gpu, compiler)
+        with Compiler(record) as compiler:
+            compiler.prepare(kernels(gpu.info.facts))
+            record.about(data_bytes=DATA_BYTES, repeats=REPEATS)
+            for part in record.units(PARTS, lambda part: part.__name__.strip("_")):
+                clock.require(part.__name__)
+                with failing(record, f"{part.__name__.strip('_')}: runs"):
+                    part(Bench(record, clock, gpu, compiler))
         note_clocks(record, "clocks_after")
     finally:
         gpu.close()
 
 
-def _reader(gpu: DriverGpu, compiler: Compiler, memory: Memory) -> Reader:
+def _reads(bench: Bench) -> None:
+    with Memory(bench.gpu) as memory:
+        reader = _reader(bench.gpu, bench.compiler, memory)
+        _grid(bench.record, bench.clock, reader)
+        _hand_offs(bench.record, bench.clock, reader)
+
+
+def _reader(gpu: WatchedGpu, compiler: Compiler, memory: Memory) -> Reader:
     period = np.random.default_rng().integers(0, 256, PERIOD_BYTES, np.uint8)
     address = memory.zeros(DATA_BYTES)
     for begin in range(0, DATA_BYTES, PERIOD_BYTES):
@@ -61,14 +76,22 @@ def _reader(gpu: DriverGpu, compiler: Compiler, memory: Memory) -> Reader:
     return Reader(gpu, compiler, address, DATA_BYTES, Block(period))
 
 
+class BrokenRingError(Exception):
+    """Waits in vain take long, and more of them say nothing new."""
+
+
 def _timed(record: Record, reader: Reader, name: str, read: Read, shown: bool = False) -> float | None:
     """GB/s, into the record, if the sums are right."""
+    record.now(name)
     times, wrong = reader.seconds(read, REPEATS)
     n_bytes = reader.bytes_of(read)
     if not record.check(name, not wrong, wrong or "sums of all words"):
+        if wrong.endswith(IN_VAIN):
+            raise BrokenRingError(name)
         return None
     rates = spread([n_bytes / t / 1e9 for t in times])
-    record.speed(name, rates["median"], "GB/s", check=name, shown=shown, rates=rates, bytes=n_bytes)
+    more = {"rates": rates, "bytes": n_bytes, "sm_mhz": reader.sm_mhz}
+    record.speed(name, rates["median"], "GB/s", check=name, shown=shown, **more)
     return rates["median"]
 
 
@@ -107,21 +130,24 @@ def _hand_offs(record: Record, clock: Clock, reader: Reader) -> None:
     }
     for name, (read, plain) in kinds.items():
         clock.require(name)
+        record.now(name)
         (with_it, wrong), (without, wrong_too) = reader.seconds(read, REPEATS), reader.seconds(plain, REPEATS)
-        record.check(name, not wrong + wrong_too, wrong + wrong_too or "sums of all words, no wait in vain")
+        if not record.check(name, not wrong + wrong_too, wrong + wrong_too or "sums of all words, no wait in vain"):
+            continue
         us = [(a - median(without)) / rounds * 1e6 for a in with_it]
         more = {"round_us": median(with_it) / rounds * 1e6, "plain_round_us": median(without) / rounds * 1e6}
         record.speed(name, median(us), "us more a round", check=name, shown=True, us=spread(us), **more)
 
 
-def _launches(record: Record, clock: Clock, gpu: DriverGpu, compiler: Compiler) -> None:
+def _launches(bench: Bench) -> None:
     """M8: from one cooperative launch of nothing to the next; and how long NVRTC takes."""
-    clock.require("M8")
+    record, gpu, compiler = bench.record, bench.gpu, bench.compiler
     name, n = "M8 launch to launch", 200
     cubin, n_sm = compiler(source("stream.cu", gpu.info.facts.capability)), gpu.info.facts.n_sm
     with Memory(gpu) as memory:
         argument = np.zeros(1, STREAM)
         argument["sums"], argument["counter"] = memory.zeros(4 * n_sm), memory.zeros(8)
+        argument["clock"] = memory.zeros(16)
         argument["slot_bytes"], argument["n_slots"], argument["rounds"] = 4096, 2, 1
         argument["bubble"] = 40_000_000  # cycles: until all launches are queued, so that Python is not measured
         busy, empty = (gpu.load(cubin, entry, n_sm, THREADS, 16384) for entry in ("stream_read", "nothing"))
@@ -142,7 +168,7 @@ def _launches(record: Record, clock: Clock, gpu: DriverGpu, compiler: Compiler) 
             gpu.unload(empty)
     record.check(name, True, "the launches ended")
     record.speed(name, median(us), "us", check=name, shown=True, us=spread(us))
-    one = _specialization(gpu, "none")
+    one = _specialization(gpu.info.facts, "none")
     begin = time.perf_counter()
     _, log = compile_cubin(source_of(one))
     seconds = time.perf_counter() - begin
@@ -156,21 +182,32 @@ def _program(n_sm: int, quant: str) -> Program:
     return build(spec, cuda_target(n_sm, quant=find_quant(quant), ctx=512))
 
 
-def _specialization(gpu: DriverGpu, quant: str, n_cols: int = 8) -> Specialization:
-    checked: CheckedProgram = check(_program(gpu.info.facts.n_sm, quant))
-    return specialize(checked, gpu.info.facts, n_rows=n_cols)
+def _specialization(facts: DeviceFacts, quant: str, n_cols: int = 8) -> Specialization:
+    checked: CheckedProgram = check(_program(facts.n_sm, quant))
+    return specialize(checked, facts, n_rows=n_cols)
 
 
-def _dequant(record: Record, clock: Clock, gpu: DriverGpu, compiler: Compiler) -> None:
+def kernels(facts: DeviceFacts) -> Iterator[Source]:
+    """All that the stage loads, first what is asked for first."""
+    yield source("stream.cu", facts.capability)
+    for kind in _kinds():
+        yield _dequant_source(facts, *kind)[1]
+
+
+def _dequant_source(facts: DeviceFacts, quant: str, n_cols: int) -> tuple[Specialization, Source]:
+    one = _specialization(facts, quant, n_cols)
+    return one, source("dequant.cu", facts.capability, source_of(one))
+
+
+def _dequant(bench: Bench) -> None:
     """M6: bytes of packed weights per clock and multiprocessor."""
+    record, gpu = bench.record, bench.gpu
     for quant, n_cols in _kinds():
         name = f"M6 {'bf16' if quant == 'none' else quant}, {n_cols} columns"
-        clock.require(name)
-        one = _specialization(gpu, quant, n_cols)
-        kernel = gpu.load(
-            compiler(source("dequant.cu", gpu.info.facts.capability, source_of(one))),
-            "dequant", one.n_workers, THREADS, one.shared_bytes,
-        )  # fmt: skip
+        bench.clock.require(name)
+        record.now(name)
+        one, text = _dequant_source(gpu.info.facts, quant, n_cols)
+        kernel = gpu.load(bench.compiler(text), "dequant", one.n_workers, THREADS, one.shared_bytes)
         try:
             with Memory(gpu) as memory:
                 argument = np.zeros(1, LAUNCH)
@@ -186,7 +223,8 @@ def _dequant(record: Record, clock: Clock, gpu: DriverGpu, compiler: Compiler) -
             gpu.unload(kernel)
         expected = _expected_sum(quant, one)
         error = float(np.abs(found / expected - 1).max())
-        record.check(name, error < 0.01, f"sums within {error:.1e} of {expected:.4g}")
+        if not record.check(name, error < 0.01, f"sums within {error:.1e} of {expected:.4g}"):
+            continue
         fmt = one_format(quant)
         n_bytes = PASSES * one.n_slots * fragments.slot_units(fmt) * fragments.unit_bytes(fmt)
         rates = spread([n_bytes / t for t in took])
@@ -215,3 +253,6 @@ def _expected_sum(quant: str, one: Specialization) -> float:
         each = (sum(codes) / len(codes) - fmt.zero) * half * half
     k = PASSES * one.n_slots * fragments.slot_units(fmt) // fragments.WARPS * fragments.unit_k(fmt)
     return each * k * 4 * (one.n_cols // 8)
+
+
+PARTS = (_reads, _launches, _dequant)

@@ -65,6 +65,7 @@ def cases(rng: np.random.Generator) -> Iterator[tuple[str, Words, list[Output]]]
         yield "around every rounding", *_roundings()
         yield "any bits", *_any_bits(rng)
         yield "tame floats", *_tame(rng)
+        yield "special floats", *_special(rng)
 
 
 def _f32_nan(words: Words) -> Words:
@@ -171,3 +172,15 @@ def _tame(rng: np.random.Generator) -> tuple[Words, list[Output]]:
         (5, "fma_f16x2", np.where(high, fused_f16, ANY_NAN), lambda w: low),
     ]
     return words, outputs
+
+
+def _special(rng: np.random.Generator) -> tuple[Words, list[Output]]:
+    """Every pair of zeros, infinities, NaN, the smallest and the largest numbers, and some others."""
+    magnitudes = [0, 1, 0x007FFFFF, 0x00800000, 0x3F800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000]
+    some = np.array([m | s for m in magnitudes for s in (0, 1 << 31)], U32)
+    some = np.concatenate([some, rng.integers(0, 2**32, 238, U32)])
+    a, b = (np.ascontiguousarray(m).reshape(-1) for m in np.meshgrid(some, some))
+    larger = np.fmax(a.view(np.float32), b.view(np.float32)).view(U32)
+    zeros = ((a | b) << U32(1)) == 0
+    outputs: list[Output] = [(13, "max_f32", np.where(zeros, a & b, larger), _f32_nan)]  # -0 is less than 0
+    return np.stack([a, b, a]), outputs

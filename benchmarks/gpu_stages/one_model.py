@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -12,23 +11,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flashformer.backends.base import Times, Want
-from flashformer.backends.cuda.driver import DriverGpu
+from flashformer.backends.base import Want
 from flashformer.backends.cuda.kernel import CudaKernel
-from flashformer.backends.cuda.nvrtc import source_of
-from flashformer.backends.cuda.specialize import row_counts, specialize
-from flashformer.check import CheckedProgram, check
+from flashformer.check import CheckedProgram
 from flashformer.checkpoint.tensor import Tensor
-from flashformer.program import build
+from flashformer.errors import DeviceError
 from flashformer.program.ir import Program
 
 from . import torch_model
+from .compare import Comparison, compare
 from .decode import F32Array, ask, device_seconds, relative_error, wall_seconds
 from .device import Compiler, spec_gb_s
 from .models import Kind
 from .record import Clock, Record, spread
 from .stream import Read, Reader
-from .target import ROWS, cuda_target
+from .target import ROWS
+from .trace import trace_hang, traced
+from .watch import WatchedGpu, context_lost, watch
 
 DEVICE = "cuda"
 ALONE = 4  # tokens behind the first context that are computed one by one
@@ -62,26 +61,60 @@ class Model:
 
     @property
     def check_name(self) -> str:
-        return f"{self.kind.name}: logits"
+        """Of the logits of one row; those of 16 rows have a check of their own."""
+        return f"{self.kind.name}: logits of one row"
+
+    def compare(self, row: int, pos: int) -> Comparison:
+        """Of the last forward."""
+        return compare(self.kernel.logits[row : row + 1].copy(), self.expected[pos][None], [pos], self.allowed)
 
 
 def run_kind(record: Record, clock: Clock, kind: Kind, compiler: Compiler) -> None:
+    record.now(f"making {kind.name}")
     model = _made(record, kind, compiler)
+    watch(model.kernel)
     try:
         clock.require(f"logits of {kind.name}", 2)
-        if not _first_logits(record, model):
-            return
-        ceiling = _ceiling(record, model, compiler)
-        for context in kind.contexts:
-            clock.require(f"{kind.name} at {context}", 2 + context / 1000)
-            _at_context(record, clock, model, context, ceiling)
-        if kind.trace:
-            clock.require(f"trace of {kind.name}", 5)
-            record.result(f"trace of {kind.name}", traced(model.kernel))
+        _run_model(record, clock, model, compiler)
+    except DeviceError as error:
+        trace_hang(record, kind.name, model.kernel, error)
+        raise
     finally:
         model.kernel.close()
         del model
-        torch.cuda.empty_cache()
+        if not context_lost():
+            torch.cuda.empty_cache()
+
+
+def _run_model(record: Record, clock: Clock, model: Model, compiler: Compiler) -> None:
+    kind = model.kind
+    right = _first_logits(record, model)
+    record.now(f"what reading takes, {kind.name}")
+    ceilings = _ceilings(model, compiler)
+    if not right:
+        _unchecked(record, model, kind.name, ceilings)
+        return
+    for name, value in ceilings.items():
+        record.speed(f"{kind.name} read: {name}", value, "GB/s", check=model.check_name)
+    for context in kind.contexts:
+        clock.require(f"{kind.name} at {context}", 2 + context / 1000)
+        _at_context(record, clock, model, context, max(ceilings.values()))
+    if kind.trace:
+        clock.require(f"trace of {kind.name}", 5)
+        record.now(f"trace of {kind.name}")
+        record.result(f"trace of {kind.name}", traced(model.kernel))
+
+
+def _unchecked(record: Record, model: Model, name: str, read_gb_s: dict[str, float]) -> None:
+    """Of one row whose logits are wrong: what it would take if it were right, which is no speed."""
+    name = f"UNCHECKED {name}"
+    record.now(name)
+    model.kernel.rows.want[0] = Want.TOKEN
+    us = [t * 1e6 for t in device_seconds(model.kernel, 1, LAUNCHES, REPEATS)]
+    n_bytes = weight_bytes(model.program)
+    found = {"us": spread(us), "weight_bytes": n_bytes, "gb_s": n_bytes / median(us) / 1e3, "read_gb_s": read_gb_s}
+    record.result(name, found | ({"trace": traced(model.kernel)} if model.kind.trace else {}))
+    model.kernel.forget_times()
 
 
 # ---- making and checking -------------------------------------------------------------------------------------------
@@ -94,13 +127,10 @@ def positions(kind: Kind) -> list[int]:
 
 
 def _made(record: Record, kind: Kind, compiler: Compiler) -> Model:
-    gpu, spec = DriverGpu(), kind.spec
+    gpu, spec = WatchedGpu(), kind.spec
     try:
-        target = cuda_target(gpu.info.facts.n_sm, quant=kind.quant, streams=kind.streams, ctx=kind.ctx)
-        checked = check(build(spec, target))
-        counts = row_counts(checked.program, gpu.info.facts)
-        made = [specialize(checked, gpu.info.facts, n_rows=n, times=t) for n in counts for t in {False, kind.trace}]
-        compiler.prepare(source_of(one) for one in made)
+        checked = kind.checked(gpu.info.facts)
+        compiler.prepare(kind.kernels(checked, gpu.info.facts))
         weights = torch_model.random_weights(spec, kind.quant, DEVICE)
         ids = np.random.default_rng(0).integers(0, spec.vocab_size, max(positions(kind)) + 1).astype(np.int32)
         on_gpu, wanted = torch.from_numpy(ids).long().to(DEVICE), positions(kind)
@@ -123,20 +153,32 @@ def _made(record: Record, kind: Kind, compiler: Compiler) -> Model:
 
 
 def _first_logits(record: Record, model: Model) -> bool:
-    """Of the first context in forwards of 16 rows, and of a few tokens behind it one by one."""
-    first = model.kind.contexts[0]
-    errors = [_fill(model, 0, first)]
+    """Of the first context in forwards of 16 rows, and of a few tokens behind it one by one: two checks."""
+    first, name = model.kind.contexts[0], f"{model.kind.name}: logits of {ROWS} rows"
+    record.now(name)
+    right = _check(record, model, name, _fill(model, 0, first))
+    record.now(model.check_name)
+    alone = []
     for pos in range(first, first + ALONE):
         ask(model.kernel, 0, model.ids[pos : pos + 1], pos, 0)
         model.kernel.forward(1)
-        errors.append(relative_error(model.kernel.logits[:1], model.expected[pos][None]))
-    detail = f"errors up to {max(errors):.2e}, allowed {model.allowed:.2e}, {len(errors) - 1} tokens one by one"
-    return record.check(model.check_name, max(errors) <= model.allowed, detail)
+        alone.append(model.compare(0, pos))
+    return _check(record, model, model.check_name, alone) and right
 
 
-def _fill(model: Model, begin: int, end: int) -> float:
-    """Positions [begin, end) of slot 0, 16 rows at a time; the largest error of those that are compared."""
-    worst = 0.0
+def _check(record: Record, model: Model, name: str, found: list[Comparison]) -> bool:
+    """With all that is known of the positions that are wrong."""
+    worst = max(found, key=lambda one: one.error)
+    detail = f"{worst.text}, allowed {model.allowed:.2e}, {len(found)} positions"
+    if record.check(name, worst.error <= model.allowed, detail):
+        return True
+    record.result(name, [one.facts() for one in found])
+    return False
+
+
+def _fill(model: Model, begin: int, end: int) -> list[Comparison]:
+    """Positions [begin, end) of slot 0, 16 rows at a time; of each that is compared, how it does."""
+    found = []
     for at in range(begin, end, ROWS):
         part = model.ids[at : min(at + ROWS, end)]
         ask(model.kernel, 0, part, at, 0, Want.NOTHING)
@@ -144,23 +186,20 @@ def _fill(model: Model, begin: int, end: int) -> float:
         for pos in compared:
             model.kernel.rows.want[pos - at] = Want.LOGITS
         model.kernel.forward(len(part))
-        for i, pos in enumerate(compared):
-            worst = max(worst, relative_error(model.kernel.logits[i : i + 1], model.expected[pos][None]))
-    return worst
+        found += [model.compare(i, pos) for i, pos in enumerate(compared)]
+    return found
 
 
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
 
-def _ceiling(record: Record, model: Model, compiler: Compiler) -> float:
-    """GB/s: the best of plain loads and of rings of bulk copies over the same packed weights."""
+def _ceilings(model: Model, compiler: Compiler) -> dict[str, float]:
+    """GB/s of plain loads and of rings of bulk copies over the same packed weights; the best is the ceiling."""
     reader = Reader(model.kernel._gpu, compiler, model.region.data_ptr(), model.program.packed_bytes, None)
     found = {f"ring {r.slot_bytes >> 10} KB x {r.n_slots}": reader.gb_s(r) for r in RINGS}
     if (plain := model.kernel.probe_weights()) is not None:
         found["plain loads"] = plain
-    for name, value in found.items():
-        record.speed(f"{model.kind.name} read: {name}", value, "GB/s", check=model.check_name)
-    return max(found.values())
+    return found
 
 
 def weight_bytes(program: Program) -> int:
@@ -178,22 +217,25 @@ def _at_context(record: Record, clock: Clock, model: Model, context: int, ceilin
     """One new token behind `context` cached ones: of slot 0, whose keys are there; the other slots hold zeros."""
     name = f"{model.kind.name}, {context} cached"
     begin = 0 if context == model.kind.contexts[0] else _before(model, context)
-    worst = _fill(model, begin, context)
+    record.now(name)
+    found = _fill(model, begin, context)
     ask(model.kernel, 0, model.ids[context : context + 1], context, 0)
     model.kernel.forward(1)
     alone = model.kernel.logits[:1].copy()
-    worst = max(worst, relative_error(alone, model.expected[context][None]))
-    if not record.check(f"{name}: logits", worst <= model.allowed, f"error {worst:.2e}, allowed {model.allowed:.2e}"):
+    if not _check(record, model, f"{name}: logits", [*found, model.compare(0, context)]):
+        _unchecked(record, model, name, {"best": ceiling})
         return
     one_row = 0.0
     for rows in model.kind.rows:
         clock.require(f"{name}, {rows} rows", 2)
+        record.now(f"{name}, {rows} rows")
         check_name = f"{name}, {rows} rows: same bits as one row"
         for row in range(rows):
             ask(model.kernel, row, model.ids[context : context + 1], context, row)
         model.kernel.forward(rows)
-        same = model.kernel.logits[0].tobytes() == alone[0].tobytes()
-        if not record.check(check_name, same, f"logits of slot 0 among {rows}"):
+        same = compare(model.kernel.logits[:1].copy(), alone, [context])
+        if not record.check(check_name, not same.n_unequal, f"slot 0 among {rows}: {same.bits}"):
+            record.result(check_name, same.facts())
             continue
         model.kernel.rows.want[:rows] = Want.TOKEN
         one_row = _speed(record, model, name, context, rows, ceiling, check_name, one_row)
@@ -228,38 +270,3 @@ def _speed(
         record.speed(f"{name}, {rows} rows: of the ceiling", percent, "%", check=check_name, shown=True)
         return us
     return one_row
-
-
-# ---- trace ---------------------------------------------------------------------------------------------------------
-
-
-def traced(kernel: CudaKernel) -> dict[str, Any]:
-    """The fastest of a few forwards of the row that is there: us per kind of phase, over its layers."""
-    kernel.keep_times()
-    best: Times | None = None
-    for _ in range(12):
-        kernel.forward(1)
-        times = kernel.times()
-        if best is None or times.end - times.begin < best.end - best.begin:
-            best = times
-    assert best is not None
-    return phase_table(kernel.program, best)
-
-
-def phase_table(program: Program, times: Times) -> dict[str, Any]:
-    """Of each op: how often it runs, and in us, summed over the layers: `wait` and `busy` are means over blocks,
-    `slowest` the most that a block was busy, `step` what the op adds until the last block leaves it.
-    """
-    entered, left = times.entered.astype(np.int64), times.left.astype(np.int64)
-    before = np.concatenate([np.full((len(left), 1), times.begin), left[:, :-1]], axis=1)
-    last = np.concatenate([[times.begin], left.max(axis=0)])
-    sums: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for p in range(entered.shape[1]):
-        row = sums[program.phases[p].op.value]
-        busy = left[:, p] - entered[:, p]
-        row["times"] += 1
-        row["wait_us"] += float((entered[:, p] - before[:, p]).mean()) / 1e3
-        row["busy_us"] += float(busy.mean()) / 1e3
-        row["slowest_us"] += float(busy.max()) / 1e3
-        row["step_us"] += float(last[p + 1] - last[p]) / 1e3
-    return {"forward_us": (times.end - times.begin) / 1e3, "ops": {op: dict(row) for op, row in sums.items()}}

@@ -1,12 +1,15 @@
 """The stages, what share of the time each gets, and how they are run: each in a process of its own.
 
 A process that dies, or that a broken kernel has to be killed with, takes no other stage along; what it had written
-until then stays. Time that a stage leaves over goes to those after it.
+until then stays, and another process goes on behind the unit of the stage that it died in. A unit that lost the GPU's
+context is run once more first, with the driver's core dump switched on: dumps may slow kernels down, so the first
+process has none. Time that a stage leaves over goes to those after it.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import json
 import os
@@ -14,16 +17,21 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .device import is_lost, note_failure
 from .record import Clock, OutOfTimeError, Record
+from .watch import HungError
 
 BUDGET_S = 480.0
 GRACE_S = 10.0  # beyond its share, after which a stage is killed
+END_S = 20.0  # that a killed process may take to end
+LOST, HUNG = 75, 76  # exit statuses: the context is lost, and what runs on the GPU does not end
+LEAST_S = 10.0  # with which another process is worth while
 SCRIPT = Path(__file__).resolve().parents[1] / "gpu.py"
 
 
@@ -101,37 +109,81 @@ def run_stages(stages: Sequence[Stage], budget_s: float, out: Path, runner: Runn
 
 
 def run_apart(stage: Stage, seconds: float, out: Path) -> None:
-    """In a process of its own, which is ended if it takes too long."""
+    """In processes of its own, which are ended if they take too long; the next begins where the last one died."""
+    end = time.monotonic() + seconds
+    first, dump = 0, False
+    while True:
+        left = end - time.monotonic()
+        code = _one_process(stage, left, out, first, dump)
+        document = read(stage, out)
+        unit, now = document["about"].get("unit"), document["about"].get("now", "its beginning")
+        stopped = f"killed after {left + GRACE_S:.0f} s" if code is None else f"the process ended with {code}"
+        if code and code < 0 and unit is not None:  # a signal: nobody else could say so
+            document["checks"].append({"name": f"{now}: runs", "passed": False, "detail": stopped})
+        if code != 0 and not (document["stopped"] and path_of(stage, out).exists()):
+            document |= {"complete": False, "stopped": f"{stopped}, at {now}"}
+        if code != 0:
+            path_of(stage, out).write_text(json.dumps(document, indent=1))
+        again = code == LOST and not dump  # the same unit, for its core dump
+        if code in (0, 1, None) or unit is None or end - time.monotonic() < LEAST_S:
+            return
+        first, dump = (unit, True) if again else (unit + 1, dump)
+
+
+def _one_process(stage: Stage, seconds: float, out: Path, first: int, dump: bool) -> int | None:
+    """Its exit status, None if it had to be killed."""
     command = [sys.executable, str(SCRIPT), "--inside", str(stage.number), "--budget-s", f"{seconds:.3f}"]
-    process = subprocess.Popen([*command, "--out", str(out)], process_group=0)
-    stopped = ""
+    command += ["--skip", str(first), "--out", str(out)]
+    process = subprocess.Popen(command, process_group=0, env=os.environ | (_dumping(stage, out) if dump else {}))
     try:
-        if code := process.wait(seconds + GRACE_S):
-            stopped = f"the process ended with {code}"
+        return process.wait(seconds + GRACE_S)
     except subprocess.TimeoutExpired:
-        stopped = f"killed after {seconds + GRACE_S:.0f} s"
+        return None
     finally:
-        if process.poll() is None:  # with the processes that it started
+        with suppress(ProcessLookupError):  # with the processes that it started
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    document = read(stage, out)
-    if stopped and (not path_of(stage, out).exists() or not document["stopped"]):
-        path_of(stage, out).write_text(json.dumps({**document, "complete": False, "stopped": stopped}, indent=1))
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_S)
 
 
-def run_inside(number: int, seconds: float, out: Path) -> int:
-    """The work of one stage, in this process."""
+def _dumping(stage: Stage, out: Path) -> dict[str, str]:
+    """Variables with which the driver writes what a kernel that failed was doing, without the memory."""
+    return {
+        "CUDA_ENABLE_COREDUMP_ON_EXCEPTION": "1",
+        "CUDA_ENABLE_LIGHTWEIGHT_COREDUMP": "1",
+        "CUDA_COREDUMP_FILE": str(path_of(stage, out).with_suffix(".core")),
+    }
+
+
+def run_inside(number: int, seconds: float, out: Path, first: int = 0) -> int:
+    """The work of one stage from a unit on, in this process. Its exit status; after LOST and HUNG the process must not
+    end in order, which would wait for the GPU.
+    """
     stage = STAGES[number]
     out.mkdir(parents=True, exist_ok=True)
-    record = Record(stage.number, stage.name, path_of(stage, out))
+    record = Record(stage.number, stage.name, path_of(stage, out), first)
     record.save()
+    stacks = path_of(stage, out).with_suffix(".stack.txt")
+    with open(stacks, "w") as file:
+        faulthandler.dump_traceback_later(seconds + GRACE_S / 2, file=file)
+        try:
+            return _run(stage, record, Clock(seconds))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            if not stacks.stat().st_size:
+                stacks.unlink()
+
+
+def _run(stage: Stage, record: Record, clock: Clock) -> int:
     try:
-        importlib.import_module(f"{__package__}.{stage.module}").run(record, Clock(seconds))
+        importlib.import_module(f"{__package__}.{stage.module}").run(record, clock)
     except OutOfTimeError as reached:
         record.stop(f"out of time at {reached}")
     except Exception as error:
-        traceback.print_exc()
         record.stop(f"{type(error).__name__}: {error}")
+        if is_lost(error):
+            return HUNG if isinstance(error, HungError) else LOST
+        note_failure(record, f"stage {stage.number}", error)
         return 1
     else:
         record.finish()

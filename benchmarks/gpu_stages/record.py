@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 SCHEMA = 1
 FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -39,24 +42,51 @@ class Clock:
 
 
 class Record:
-    """The document of a stage. A speed is taken only beside a check that passed."""
+    """The document of a stage. A speed is taken only beside a check that passed.
 
-    def __init__(self, number: int, name: str, path: Path) -> None:
+    A stage is done unit by unit; `first` is the first unit of this process, which goes on with the document where that
+    is not 0.
+    """
+
+    def __init__(self, number: int, name: str, path: Path, first: int = 0) -> None:
         self._begin = time.monotonic()
         self._path = path
+        self._first = first
         self._document: dict[str, Any] = {
             "schema": SCHEMA, "stage": number, "name": name, "complete": False, "stopped": "", "seconds": 0.0,
             "about": {}, "checks": [], "speeds": [], "results": {}, "skipped": [],
         }  # fmt: skip
+        if first:
+            self._document |= json.loads(path.read_text()) | {"complete": False, "stopped": ""}
+            self._begin -= self._document["seconds"]
 
     @property
     def number(self) -> int:
         return int(self._document["stage"])
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `about` was told so far."""
+        return dict(self._document["about"])
+
     def about(self, **facts: Any) -> None:
         """Machine, versions, clocks."""
         self._document["about"] |= facts
         self.save()
+
+    def left(self, items: Sequence[T]) -> Sequence[T]:
+        """The units of the stage that this process is to do."""
+        return items[self._first :]
+
+    def units(self, items: Sequence[T], name: Callable[[T], str]) -> Iterator[T]:
+        """Those that are left, one after another; the document says which one is under way."""
+        for i, item in enumerate(self.left(items), self._first):
+            self.about(unit=i, now=name(item))
+            yield item
+
+    def now(self, what: str) -> None:
+        """What is about to run on the GPU: all that is known if this process has to be killed."""
+        self.about(now=what)
 
     def check(self, name: str, passed: bool, detail: str = "") -> bool:
         self._document["checks"].append({"name": name, "passed": bool(passed), "detail": detail})

@@ -15,6 +15,7 @@ struct Stream {
   const u8* data;
   u32* sums;     // (n_blocks) of the words read
   u32* counter;  // (2) arrivals, waits in vain
+  u64* clock;    // (2) cycles and ns that block 0 took
   u32 slot_bytes, n_slots;
   u32 n_items, uneven, rounds;
   u32 capacity;  // items of a block; 0: interleaved
@@ -125,8 +126,13 @@ extern "C" __global__ void __launch_bounds__(288, 1) stream_read(const __grid_co
   if (warp_index() == 8) {
     if (lane_index() == 0) copy_all(stream, smem, full, empty);
   } else {
+    const u64 cycles = clock_cycles(), ns = clock_ns();
     const u32 sum = add_all(stream, smem, full, empty);
     red_release_add(kAny, stream.sums + block_index(), sum);
+    if (block_index() == 0 && thread_index() == 0) {
+      st_global(stream.clock, clock_cycles() - cycles);
+      st_global(stream.clock + 1, clock_ns() - ns);
+    }
   }
 }
 

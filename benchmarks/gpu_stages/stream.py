@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashformer.backends.cuda.driver import Gpu
 from flashformer.backends.cuda.specialize import THREADS
+from flashformer.errors import DeviceError
 
 from .device import Compiler, Memory, source
 
 STREAM = np.dtype(
-    [("data", "<u8"), ("sums", "<u8"), ("counter", "<u8")]
+    [(n, "<u8") for n in ("data", "sums", "counter", "clock")]
     + [(n, "<u4") for n in ("slot_bytes", "n_slots", "n_items", "uneven", "rounds", "capacity", "barriers", "bubble")],
     align=True,
 )
+RUNS = 2  # of what a Gpu times: once before, once timed
 BARRIER_BYTES = 16  # of a slot: full and empty
+IN_VAIN = "waits in vain"
 GRAIN = 4096  # bytes of which sums are kept: the smallest slot
 
 
@@ -72,6 +76,7 @@ class Reader:
         self._gpu, self._address, self._n_bytes, self._block = gpu, address, n_bytes, block
         self._cubin = compiler(source("stream.cu", gpu.info.facts.capability))
         self.n_blocks = gpu.info.facts.n_sm
+        self.sm_mhz = 0.0
 
     def filling(self, read: Read) -> Read:
         """With so many items that nearly all of the data is read in one round."""
@@ -81,38 +86,58 @@ class Reader:
         return sum(read.items_of(b) for b in range(self.n_blocks)) * read.slot_bytes
 
     def seconds(self, read: Read, repeats: int) -> tuple[list[float], str]:
-        """Times after one run to warm up, and what was wrong with the sums or waits, "" if nothing."""
+        """Times after one run to warm up, none where something was wrong; and what that was, sums or waits, else "".
+        `sm_mhz` is then the clock of the multiprocessors during the last run.
+        """
         most = max((read.items_of(b) for b in range(2)), default=0)
         assert most * self.n_blocks * read.slot_bytes <= self._n_bytes
         assert read.uneven <= read.n_items
-        times, wrong = [], ""
+        times = []
         with Memory(self._gpu) as memory:
-            sums, counter = memory.zeros(4 * self.n_blocks), memory.zeros(8)
-            argument = np.zeros(1, STREAM)
-            for name in ("slot_bytes", "n_slots", "n_items", "uneven", "rounds", "barriers"):
-                argument[name] = getattr(read, name)
-            argument["data"], argument["sums"], argument["counter"] = self._address, sums, counter
-            argument["capacity"], argument["bubble"] = 0 if read.interleaved else most, read.bubble_cycles
+            arguments = [self._argument(read, most, memory) for _ in range(RUNS)]
             shared = read.n_slots * (read.slot_bytes + BARRIER_BYTES)
             kernel = self._gpu.load(self._cubin, "stream_read", self.n_blocks, THREADS, shared)
             try:
                 for _ in range(1 + repeats):
-                    self._gpu.zero(sums, 4 * self.n_blocks)
-                    self._gpu.zero(counter, 8)
-                    self._gpu.finish()
-                    times.append(self._gpu.seconds(lambda: self._gpu.launch(kernel, argument)))
-                    wrong = wrong or self._wrong(read, most, memory, sums, counter)
+                    times.append(self._once(kernel, arguments))
+                    for argument in arguments:
+                        if wrong := self._wrong(read, most, memory, argument[0]):
+                            return [], wrong
+                cycles, ns = memory.read(int(arguments[-1]["clock"][0]), (2,), np.uint64).tolist()
+                self.sm_mhz = 1e3 * cycles / max(ns, 1)
             finally:
                 self._gpu.unload(kernel)
-        return times[1:], wrong
+        return times[1:], ""
 
-    def _wrong(self, read: Read, most: int, memory: Memory, sums: int, counter: int) -> str:
-        in_vain = int(memory.read(counter, (2,), np.uint32)[1])
+    def _argument(self, read: Read, most: int, memory: Memory) -> NDArray[np.void]:
+        argument = np.zeros(1, STREAM)
+        for name in ("slot_bytes", "n_slots", "n_items", "uneven", "rounds", "barriers"):
+            argument[name] = getattr(read, name)
+        argument["capacity"], argument["bubble"] = 0 if read.interleaved else most, read.bubble_cycles
+        argument["data"] = self._address
+        for name, n_bytes in (("sums", 4 * self.n_blocks), ("counter", 8), ("clock", 16)):
+            argument[name] = memory.zeros(n_bytes)
+        return argument
+
+    def _once(self, kernel: Any, arguments: list[NDArray[np.void]]) -> float:
+        for argument in arguments:
+            self._gpu.zero(int(argument["sums"][0]), 4 * self.n_blocks)
+            self._gpu.zero(int(argument["counter"][0]), 8)
+        self._gpu.finish()
+        turns = iter(arguments)
+        return self._gpu.seconds(lambda: self._gpu.launch(kernel, next(turns)))
+
+    def _wrong(self, read: Read, most: int, memory: Memory, argument: np.void) -> str:
+        arrivals, in_vain = memory.read(int(argument["counter"]), (2,), np.uint32).tolist()
         if in_vain:
-            return f"{in_vain} waits in vain"
+            return f"{in_vain} {IN_VAIN}"
+        due = self.n_blocks * read.rounds if read.barriers else 0
+        if arrivals != due:
+            return f"{arrivals} arrivals, expected {due}"
         if self._block is None:
             return ""
-        found = int(memory.read(sums, (self.n_blocks,), np.uint32).sum(dtype=np.uint64) % 2**32)
+        sums = memory.read(int(argument["sums"]), (self.n_blocks,), np.uint32)
+        found = int(sums.sum(dtype=np.uint64) % 2**32)
         expected = 0
         if read.interleaved:
             assert not read.uneven
@@ -127,5 +152,6 @@ class Reader:
         """1e9 bytes/s, the median, of the data as a whole."""
         read = self.filling(read)
         times, wrong = self.seconds(read, repeats)
-        assert not wrong, wrong
+        if wrong:
+            raise DeviceError(f"reading by bulk copies: {wrong}")
         return self.bytes_of(read) / median(times) / 1e9

@@ -2,12 +2,15 @@
 
 The oracle keeps activations and keys in fp32, with weights as the format has them. In bf16 the kernel's error may be
 three times that of NumPy with bf16 activations and keys; in the other formats, whose activations are f16, MOST_F16 of
-the largest logit.
+the largest logit. Each kernel's own logits are compared; of wrong ones the results say where they are furthest off and
+which phase was the first to leave something else than NumPy.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -15,26 +18,31 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
-from flashformer.backends.cuda.driver import DriverGpu
 from flashformer.backends.cuda.kernel import CudaKernel
-from flashformer.backends.cuda.nvrtc import source_of
-from flashformer.backends.cuda.specialize import row_counts, specialize
+from flashformer.backends.cuda.nvrtc import Source, source_of
+from flashformer.backends.cuda.specialize import DeviceFacts, row_counts, specialize
 from flashformer.backends.reference.kernel import ReferenceKernel
 from flashformer.check import CheckedProgram, check
+from flashformer.errors import DeviceError
 from flashformer.formats import BF16, F16, F32, QUANTS, Format
 from flashformer.program import Target, build
 
+from .bisect import first_wrong_phase
+from .compare import Comparison, compare
 from .decode import F32Array, ask, prompt_logits, relative_error
 from .device import Compiler, failing, host_cores, note_clocks, open_gpu
 from .families import MODELS, Tiny, tiny
 from .record import Clock, OutOfTimeError, Record
 from .target import cuda_target
+from .trace import trace_hang
+from .watch import WatchedGpu, watch
 
 CTX, PROMPT = 320, 277  # positions: over the border of a chunk of 256 keys
 COMPARED = 24  # last positions of the prompt, and the first ones
 CUTS = (16, 8, 5, 2, 1)
 RERUNS = 100
-STREAMS = 16
+BISECTED = 4  # cases at most: one bug shows in many of them
+STREAMS, SLOT = 16, 3  # SLOT holds the prompt in forwards of CUTS[0]
 MOST_F16 = 1e-2
 ALL_FORMATS = tuple(f for f in QUANTS.values() if not f.codebook)
 
@@ -47,6 +55,10 @@ class Case:
     fmt: Format
 
     @property
+    def name(self) -> str:
+        return f"{MODELS[self.model][0].removesuffix('ForCausalLM')}-{self.model} {self.fmt.name}"
+
+    @property
     def kv(self) -> Format:
         return BF16 if self.fmt is BF16 else F16
 
@@ -54,6 +66,13 @@ class Case:
         plain = self.fmt if self.fmt in (BF16, F16) else BF16
         quant = None if self.fmt is plain else self.fmt
         return cuda_target(n_workers, fmt=plain, kv=self.kv, quant=quant, streams=STREAMS, ctx=CTX)
+
+    def checked(self, model: Tiny, facts: DeviceFacts) -> CheckedProgram:
+        return check(build(model.spec, self.target(facts.n_sm)))
+
+    def kernels(self, checked: CheckedProgram, facts: DeviceFacts) -> Iterator[Source]:
+        for n in row_counts(checked.program, facts):
+            yield source_of(specialize(checked, facts, n_rows=n))
 
 
 def cases() -> list[Case]:
@@ -65,29 +84,27 @@ def cases() -> list[Case]:
 
 
 def run(record: Record, clock: Clock) -> None:
-    gpu, compiler, seed = open_gpu(record), Compiler(), secrets.randbits(32)
+    gpu, seed = open_gpu(record), record.facts.get("seed", secrets.randbits(32))
     record.about(seed=seed, cases=len(cases()), numpy=np.__version__)
-    programs: dict[Case, CheckedProgram] = {}
-    done, pool = 0, ProcessPoolExecutor(host_cores(), get_context("spawn"))
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # of the oracles' processes
+    pool = ProcessPoolExecutor(host_cores(), get_context("spawn"))
+    done = 0
     try:
-        oracles = {case: pool.submit(oracle, case, seed) for case in cases()}
-        for case in cases():
-            clock.require("making Programs", 10)
-            programs[case] = check(build(tiny(case.model, seed).spec, case.target(gpu.info.facts.n_sm)))
-        sources = [
-            source_of(specialize(checked, gpu.info.facts, n_rows=n))
-            for checked in programs.values()
-            for n in row_counts(checked.program, gpu.info.facts)
-        ]
-        record.result("kernels_compiled", compiler.prepare(sources))
-        for done, case in enumerate(cases()):
-            clock.require(f"case {done} of {len(programs)}", 2)
-            exact, allowed = oracles[case].result(timeout=max(clock.left_s, 0.1))
-            model = tiny(case.model, seed)
-            name = f"{model.name} {case.fmt.name}"
-            with failing(record, f"{name}: runs"):
-                _one(record, name, case, programs[case], model, compiler, exact, allowed)
-        note_clocks(record, "clocks_after")
+        with Compiler(record) as compiler:
+            oracles, programs = {}, {}
+            for case in record.left(cases()):
+                clock.require("making Programs", 10)
+                oracles[case] = pool.submit(oracle, case, seed)
+                programs[case] = case.checked(tiny(case.model, seed), gpu.info.facts)
+                compiler.prepare(case.kernels(programs[case], gpu.info.facts))
+            for case in record.units(cases(), lambda case: case.name):
+                clock.require(f"case {case.name}", 2)
+                exact, allowed = oracles[case].result(timeout=max(clock.left_s, 0.1))
+                with failing(record, f"{case.name}: runs"):
+                    model = tiny(case.model, seed)
+                    CaseRun(record, case, model, exact, allowed).run(programs[case], compiler)
+                done += 1
+            note_clocks(record, "clocks_after")
     except (OutOfTimeError, TimeoutError) as reached:
         raise OutOfTimeError(f"{reached}; {done} cases done") from None
     finally:
@@ -95,73 +112,120 @@ def run(record: Record, clock: Clock) -> None:
         gpu.close()
 
 
-def _one(
-    record: Record, name: str, case: Case, checked: CheckedProgram, model: Tiny, compiler: Compiler, exact: F32Array,
-    allowed: float,
-) -> None:  # fmt: skip
-    ids = _prompt(case, model)
-    kernel = CudaKernel(checked, model.weights, gpu=DriverGpu(), compiler=compiler, n_threads=host_cores())
-    try:
-        found = prompt_logits(kernel, ids, CUTS[0], slot=3)
-        error = relative_error(found[_compared()], exact)
-        record.check(f"{name}: logits", error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}")
-        for cut in CUTS[1:]:
-            again = prompt_logits(kernel, ids, cut, slot=cut % STREAMS)
-            record.check(f"{name}: same bits in forwards of {cut}", _equal(found, again), f"{found.shape} logits")
-        record.check(f"{name}: same bits beside other slots", _beside(kernel, ids, found), "2, 5, 8, 16 slots")
-        record.check(f"{name}: same bits {RERUNS} times", _reruns(kernel, ids, found), "the last 5 rows")
-    finally:
-        kernel.close()
-
-
-def _compared() -> NDArray[np.int64]:
+def compared() -> NDArray[np.int64]:
+    """The positions whose logits the oracle has."""
     return np.concatenate([np.arange(COMPARED), np.arange(PROMPT - COMPARED, PROMPT)])
 
 
-def _equal(a: F32Array, b: F32Array) -> bool:
-    return a.tobytes() == b.tobytes()
+@dataclass(frozen=True)
+class CaseRun:
+    """The checks of one case. `exact`: logits at `compared()`."""
+
+    record: Record
+    case: Case
+    model: Tiny
+    exact: F32Array
+    allowed: float
+
+    @property
+    def name(self) -> str:
+        return self.case.name
+
+    def run(self, checked: CheckedProgram, compiler: Compiler) -> None:
+        ids = _prompt(self.case, self.model)
+        kernel = CudaKernel(checked, self.model.weights, gpu=WatchedGpu(), compiler=compiler, n_threads=host_cores())
+        watch(kernel)
+        try:
+            first = self._every_cut(kernel, ids)
+            self._beside(kernel, ids, first)
+            self._reruns(kernel, ids, first)
+        except DeviceError as error:
+            trace_hang(self.record, self.name, kernel, error)
+            raise
+        finally:
+            kernel.close()
+
+    def _every_cut(self, kernel: CudaKernel, ids: NDArray[np.int32]) -> F32Array:
+        """The logits of each, and the same bits as in the first, which are returned."""
+        first = np.empty(0, np.float32)
+        for cut in CUTS:
+            slot, name = (cut % STREAMS if len(first) else SLOT), f"{self.name}: logits in forwards of {cut}"
+            self.record.now(name)
+            found = prompt_logits(kernel, ids, cut, slot)
+            one = compare(found[compared()], self.exact, compared(), self.allowed)
+            if not self.record.check(name, one.error <= self.allowed, f"{one.text}, allowed {self.allowed:.2e}"):
+                self.record.result(name, one.facts())
+                self._bisect(kernel, ids, cut, slot, one)
+            if len(first):
+                self._same(f"in forwards of {cut}", [compare(found, first, np.arange(PROMPT))])
+            else:
+                first = found
+        return first
+
+    def _bisect(self, kernel: CudaKernel, ids: NDArray[np.int32], cut: int, slot: int, one: Comparison) -> None:
+        """Of the first forward that was wrong."""
+        what, where = "first wrong phase of ", f"{self.name} in forwards of {cut}"
+        done = [name for name in self.record.document()["results"] if name.startswith(what)]
+        if len(done) < BISECTED and one.first_above is not None:
+            self.record.now(f"bisecting {where}")
+            begin = one.first_above // cut * cut
+            reference = ReferenceKernel(check(build(self.model.spec, plain(self.case))), self.model.weights)
+            end = min(begin + cut, PROMPT)
+            with failing(self.record, f"bisecting {where}"):
+                found = first_wrong_phase(kernel, reference, ids, begin, end, slot)
+                self.record.result(what + where, {"positions": [begin, end], **found})
+
+    def _same(self, how: str, found: list[Comparison]) -> None:
+        """All of them are of the same bits."""
+        differ = [one for one in found if one.n_unequal]
+        detail = f"{len(differ)} of {len(found)} differ: {differ[0].bits}" if differ else f"{len(found)} times"
+        name = f"{self.name}: same bits {how}"
+        if not self.record.check(name, not differ, detail):
+            self.record.result(name, differ[0].facts())
+
+    def _beside(self, kernel: CudaKernel, ids: NDArray[np.int32], expected: F32Array) -> None:
+        """The last token in SLOT again, with the slots after it at other positions in the same forward."""
+        self.record.now(f"{self.name} beside other slots")
+        found = []
+        for n in (2, 5, 8, 16):
+            for row in range(n):  # slots hold different prefixes of the prompt, or zeros: nobody looks at them
+                slot, pos = (SLOT + row) % STREAMS, PROMPT - 1 - 7 * row
+                ask(kernel, row, ids[pos : pos + 1], pos, slot)
+            kernel.forward(n)
+            found.append(compare(kernel.logits[:1].copy(), expected[-1:], [PROMPT - 1]))
+        self._same("beside other slots", found)
+
+    def _reruns(self, kernel: CudaKernel, ids: NDArray[np.int32], expected: F32Array) -> None:
+        self.record.now(f"{self.name} {RERUNS} times")
+        found = []
+        for _ in range(RERUNS):
+            ask(kernel, 0, ids[-5:], PROMPT - 5, SLOT)
+            kernel.forward(5)
+            found.append(compare(kernel.logits[:5].copy(), expected[-5:], np.arange(PROMPT - 5, PROMPT)))
+        self._same(f"{RERUNS} times", found)
 
 
 def _prompt(case: Case, model: Tiny) -> NDArray[np.int32]:
     return np.random.default_rng(case.model).integers(0, model.spec.vocab_size, PROMPT).astype(np.int32)
 
 
+def plain(case: Case) -> Target:
+    """For NumPy: nothing but the weights is rounded."""
+    made = case.target(2)
+    return Target(2, made.weight_format, F32, 16, 1, CTX, True, made.body_quant, made.head_quant)
+
+
 def oracle(case: Case, seed: int) -> tuple[F32Array, float]:
     """Logits in fp32 where they are compared, and the error that is allowed. Runs in a process of its own."""
-    model, made = tiny(case.model, seed), case.target(2)
+    model = tiny(case.model, seed)
     ids = _prompt(case, model)
-    plain = Target(2, made.weight_format, F32, 16, 1, CTX, True, made.body_quant, made.head_quant)
-    exact = _numpy_logits(plain, model, ids)
+    exact = _numpy_logits(plain(case), model, ids)
     if case.fmt is not BF16:
         return exact, MOST_F16
-    rounded = _numpy_logits(replace(plain, exact=False, kv_format=BF16), model, ids)
+    rounded = _numpy_logits(replace(plain(case), exact=False, kv_format=BF16), model, ids)
     return exact, 3 * relative_error(rounded, exact)
 
 
 def _numpy_logits(target: Target, model: Tiny, ids: NDArray[np.int32]) -> F32Array:
     kernel = ReferenceKernel(check(build(model.spec, target)), model.weights)
-    return prompt_logits(kernel, ids, 16, wanted=_compared())
-
-
-def _beside(kernel: CudaKernel, ids: NDArray[np.int32], expected: F32Array) -> bool:
-    """The last token in slot 3 again, with the slots after it at other positions in the same forward."""
-    same = True
-    for n in (2, 5, 8, 16):
-        for row in range(n):
-            slot, pos = (3 + row) % STREAMS, PROMPT - 1 - (7 * row if row else 0)
-            if slot != 3:  # slots hold different prefixes of the prompt, or zeros: nobody looks at them
-                ask(kernel, row, ids[pos : pos + 1], pos, slot)
-            else:
-                ask(kernel, row, ids[-1:], PROMPT - 1, slot)
-        kernel.forward(n)
-        same = same and _equal(kernel.logits[0], expected[-1])
-    return same
-
-
-def _reruns(kernel: CudaKernel, ids: NDArray[np.int32], expected: F32Array) -> bool:
-    same = True
-    for _ in range(RERUNS):
-        ask(kernel, 0, ids[-5:], PROMPT - 5, 3)
-        kernel.forward(5)
-        same = same and _equal(kernel.logits[:5], expected[-5:])
-    return same
+    return prompt_logits(kernel, ids, 16, wanted=compared())

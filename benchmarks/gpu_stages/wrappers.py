@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashformer.backends.cuda.driver import DriverGpu
 from flashformer.backends.cuda.specialize import THREADS
 
 from . import numbers_model
 from .device import Compiler, Memory, failing, note_clocks, open_gpu, source
 from .record import Clock, Record
+from .watch import WatchedGpu
 
 TEST = np.dtype([("in", "<u8"), ("out", "<u8"), ("words", "<u8"), ("n", "<u8")])
 SHARED_BYTES = 64 << 10
@@ -29,7 +29,7 @@ Words = NDArray[Any]
 class Bench:
     """Runs an entry of selftest.cu on one block per multiprocessor."""
 
-    def __init__(self, gpu: DriverGpu, cubin: bytes) -> None:
+    def __init__(self, gpu: WatchedGpu, cubin: bytes) -> None:
         self._gpu, self._cubin = gpu, cubin
         self.n_blocks = gpu.info.facts.n_sm
 
@@ -38,6 +38,7 @@ class Bench:
         with Memory(self._gpu) as memory:
             out, words = memory.zeros(4 * out_words), memory.zeros(4 * N_WORDS)
             argument = np.array([(memory.of(given), out, words, n)], TEST)
+            self._gpu.watched = {"words": (words, 4 * N_WORDS)}
             kernel = self._gpu.load(self._cubin, entry, self.n_blocks, THREADS, SHARED_BYTES)
             try:
                 self._gpu.launch(kernel, argument)
@@ -53,11 +54,12 @@ Test = Callable[[Bench, np.random.Generator], Iterator[Finding]]
 
 def run(record: Record, clock: Clock) -> None:
     gpu = open_gpu(record)
-    seed = secrets.randbits(32)
+    seed = record.facts.get("seed", secrets.randbits(32))
     record.about(seed=seed)
     try:
-        bench = Bench(gpu, Compiler()(source("selftest.cu", gpu.info.facts.capability)))
-        for test in TESTS:
+        with Compiler(record) as compiler:
+            bench = Bench(gpu, compiler(source("selftest.cu", gpu.info.facts.capability)))
+        for test in record.units(TESTS, lambda test: test.__name__):
             clock.require(test.__name__)
             with failing(record, test.__name__):
                 for name, passed, detail in test(bench, np.random.default_rng(seed)):
@@ -88,8 +90,11 @@ def test_mma(bench: Bench, rng: np.random.Generator) -> Iterator[Finding]:
         found = numbers_model.mma_result(out.view(np.float32).reshape(n, 32, 4))
         exact = c.astype(np.float64) + a.astype(np.float64) @ b.astype(np.float64)
         size = np.abs(c).astype(np.float64) + np.abs(a).astype(np.float64) @ np.abs(b).astype(np.float64)
-        error = float((np.abs(found - exact) / size).max())
-        yield f"mma_{kind}", error <= 17 * 2.0**-23, f"largest error {error:.2e} of the sum of magnitudes"
+        errors = np.nan_to_num(np.abs(found - exact) / size, nan=np.inf)
+        at = tuple(map(int, np.unravel_index(errors.argmax(), errors.shape)))
+        where = f"at (case, row, column) {at}: {found[at]:.9g}, expected {exact[at]:.9g}"
+        detail = f"largest error {errors[at]:.2e} of the sum of magnitudes, {where}"
+        yield f"mma_{kind}", bool(errors[at] <= 17 * 2.0**-23), detail
 
 
 def test_memory(bench: Bench, rng: np.random.Generator) -> Iterator[Finding]:
@@ -107,12 +112,19 @@ def test_memory(bench: Bench, rng: np.random.Generator) -> Iterator[Finding]:
 def test_numbers(bench: Bench, rng: np.random.Generator) -> Iterator[Finding]:
     for name, inputs, outputs in numbers_model.cases(rng):
         n = inputs.shape[1]
-        out, _ = bench("test_numbers", inputs, 13 * n, n)
-        found = out.reshape(13, n)
+        out, _ = bench("test_numbers", inputs, 14 * n, n)
+        found = out.reshape(14, n)
         for index, what, expected, is_nan in outputs:
             row = np.where(is_nan(found[index]), numbers_model.ANY_NAN, found[index])
             want = np.where(is_nan(expected), numbers_model.ANY_NAN, expected)
             yield same(f"{what}: {name}", row, want)
+
+
+def test_record(bench: Bench, rng: np.random.Generator) -> Iterator[Finding]:
+    given = rng.integers(0, 2**32, (500, 16), U32)
+    out, _ = bench("test_record", given, bench.n_blocks * given.size, len(given))
+    everywhere = np.broadcast_to(given, (bench.n_blocks, *given.shape))
+    yield same("shared_record", out.reshape(everywhere.shape), everywhere)
 
 
 def test_shuffles(bench: Bench, rng: np.random.Generator) -> Iterator[Finding]:
@@ -180,8 +192,10 @@ def test_grid(bench: Bench, rng: np.random.Generator) -> Iterator[Finding]:
 
 def test_time(bench: Bench, rng: np.random.Generator) -> Iterator[Finding]:
     naps = 100
-    out, _ = bench("test_time", np.zeros(1, U32), 12, naps)
-    cycles, ns = out.view(np.uint64).astype(np.int64).reshape(3, 2).T
+    out, _ = bench("test_time", np.zeros(1, U32), 14, naps)
+    times = out.view(np.uint64).astype(np.int64)
+    cycles, ns = times[:6].reshape(3, 2).T
+    yield "clock_ns moves on", 0 < times[6] < 1 << 40, f"its least step is {times[6]} ns"
     yield "clock_cycles grows", bool((np.diff(cycles) > 0).all()), f"{cycles[1] - cycles[0]} cycles"
     yield "clock_ns grows", bool(ns[1] > ns[0] and ns[2] >= ns[1]), f"{ns[1] - ns[0]} ns"
     slept = int(ns[1] - ns[0])
@@ -189,5 +203,5 @@ def test_time(bench: Bench, rng: np.random.Generator) -> Iterator[Finding]:
 
 
 TESTS: tuple[Test, ...] = (
-    test_mma, test_memory, test_numbers, test_shuffles, test_threads, test_bulk, test_grid, test_time,
+    test_mma, test_memory, test_record, test_numbers, test_shuffles, test_threads, test_bulk, test_grid, test_time,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from fake_gpu import FakeGpu
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from gpu_stages import one_model, stream, torch_model
+from gpu_stages import one_model, stream, torch_model, trace
 from gpu_stages.families import MODELS, tiny
 from gpu_stages.models import Kind
 from gpu_stages.record import Clock, Record, problems
@@ -49,8 +49,8 @@ def test_items_of_uneven_rounds() -> None:
 
 
 def test_stream_record_is_the_devices() -> None:
-    assert stream.STREAM.itemsize == 56
-    assert [stream.STREAM.fields[n][1] for n in ("data", "counter", "slot_bytes", "bubble")] == [0, 16, 24, 52]  # type: ignore[index]
+    assert stream.STREAM.itemsize == 64
+    assert [stream.STREAM.fields[n][1] for n in ("data", "counter", "slot_bytes", "bubble")] == [0, 16, 32, 60]  # type: ignore[index]
 
 
 def test_small_models_can_run_on_the_device() -> None:
@@ -136,7 +136,7 @@ def test_a_model_from_its_weights_to_its_speeds(off_by: float, monkeypatch: pyte
 
     monkeypatch.setattr(torch_model, "logits", logits)
     monkeypatch.setattr(one_model, "DEVICE", "cpu")
-    monkeypatch.setattr(one_model, "DriverGpu", lambda: FakeGpu(run))
+    monkeypatch.setattr(one_model, "WatchedGpu", lambda: FakeGpu(run))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     path = tmp_path / "gpu-3-some.json"
     one = Record(3, "some", path)
@@ -145,9 +145,19 @@ def test_a_model_from_its_weights_to_its_speeds(off_by: float, monkeypatch: pyte
     assert problems(document) == []
     speeds = [s["name"] for s in document["speeds"]]
     if off_by:
-        assert [c["passed"] for c in document["checks"]] == [False]
+        assert {c["name"]: c["passed"] for c in document["checks"]} == {
+            "3.2-1b bf16: logits of 16 rows": False,
+            "3.2-1b bf16: logits of one row": False,
+        }
         assert speeds == []
+        unchecked = document["results"]["UNCHECKED 3.2-1b bf16"]
+        assert unchecked["us"]["median"] > 0
+        assert unchecked["trace"]["ops"].keys() == {op.value for op in Op}
+        facts = document["results"]["3.2-1b bf16: logits of one row"]
+        assert [one["worst"]["position"] for one in facts] == [32, 33, 34, 35]
+        assert all(one["worst"]["found"] == pytest.approx(0.7 * one["worst"]["expected"]) for one in facts)
         return
+    assert not any(name.startswith("UNCHECKED") for name in document["results"])
     assert all(c["passed"] for c in document["checks"])
     for context in (32, 48):
         for rows in (1, 2):
@@ -166,7 +176,7 @@ def test_phases_add_up_to_the_forward() -> None:
     n = len(program.phases)
     steps = np.arange(n) * 100 + np.array([[0], [30]])  # each block enters and is busy for 50 ns
     times = Times(0, int(steps[1, -1]) + 50, steps, steps + 50)
-    table = one_model.phase_table(program, times)
+    table = trace.phase_table(program, times)
     ops = table["ops"].values()
     assert sum(row["times"] for row in ops) == n
     assert sum(row["step_us"] for row in ops) == pytest.approx(table["forward_us"])
