@@ -25,7 +25,7 @@ def acquire(slots: Slots, ids: np.ndarray = IDS, reusable: int = 7) -> Slot:
 
 
 def hold(slot: Slot, *tokens: int) -> None:
-    slot.ids[: len(tokens)], slot.n = tokens, len(tokens)
+    slot.ids[: len(tokens)], slot.held.n = tokens, len(tokens)
 
 
 def test_waiting_for_a_slot_has_a_bound() -> None:

@@ -8,8 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine import Stream, load
-from ..engine.generate import run_out
+from ..engine import Output, load
 from ..engine.request import LIMITS, real
 from ..errors import RequestError
 from .arguments import dtype as format_name
@@ -180,10 +179,11 @@ class LLM:
             [self.engine.start(prompt, each.settings(vocab_size, self._seed(each, index))) for index in range(each.n)]
             for prompt, each in zip(prompts, params, strict=True)
         ]
-        return [self._answer(text, answers) for text, answers in zip(texts, streams, strict=True)]
+        done = iter(self.engine.run_out([stream for answers in streams for stream in answers]))
+        outputs = [[next(done) for _ in answers] for answers in streams]
+        return [self._answer(text, answers) for text, answers in zip(texts, outputs, strict=True)]
 
-    def _answer(self, text: str | None, streams: Sequence[Stream]) -> RequestOutput:
-        outputs = [run_out(stream) for stream in streams]
+    def _answer(self, text: str | None, outputs: Sequence[Output]) -> RequestOutput:
         return RequestOutput(
             request_id=str(next(self._request_ids)),
             prompt=text,

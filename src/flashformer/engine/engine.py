@@ -22,6 +22,7 @@ from ..model.spec import ModelSpec
 from ..program import Program, build
 from ..program.ir import MAX_HEAD_ROWS
 from . import request as requests
+from .batch import Batch
 from .defaults import read_defaults
 from .forward import prompt_logits, run_prompt
 from .generate import Stream, run_out
@@ -127,6 +128,7 @@ class LLM:
         self._tokenizer = model.tokenizer
         self._checked = checked
         self.turns = Turns()  # taken before every use of `kernel`
+        self._batch = Batch(kernel, self.turns, setup.prompt_chunk)
         self._slots = Slots(setup.target.streams, setup.target.ctx, LIMITS.slot_wait_s)
         self._prompts = Prompts(model.name, model.spec, setup.target.ctx, model.tokenizer)
         self._measured: float | None = None
@@ -164,15 +166,19 @@ class LLM:
     def generate(
         self, prompt: Prompt | list[str] | list[list[int]], **settings: Unpack[SamplingArguments]
     ) -> Output | list[Output]:
-        """Answers a prompt (text, or token ids taken literally), or each of a list of prompts in turn.
+        """Answers a prompt (text, or token ids taken literally), or a list of them, as many at once as slots are free.
 
         `settings` are the fields of SamplingSettings. Without a `seed` one is drawn for every prompt and returned. All
         prompts of a list are validated before the first one runs. Raises RequestError, NumericalError, DeviceError.
         """
         batch = requests.is_batch(prompt)
         prompts: Sequence[Prompt] = prompt if batch else [prompt]  # type: ignore[assignment,list-item]
-        outputs = [run_out(stream) for stream in [self.stream(p, **settings) for p in prompts]]
+        outputs = self.run_out([self.stream(p, **settings) for p in prompts])
         return outputs if batch else outputs[0]
+
+    def run_out(self, streams: list[Stream]) -> list[Output]:
+        """Takes all pieces of streams, of as many at once as slots are free. An error of one closes all."""
+        return run_out(streams, self._slots.has_free)
 
     def stream(self, prompt: Prompt, **settings: Unpack[SamplingArguments]) -> Stream:
         """As `generate`, for one prompt, in pieces as they are made. Closing the iterator cancels."""
@@ -191,7 +197,8 @@ class LLM:
         `messages` are mappings with a role and content, `tools` descriptions of functions, `template_variables` more
         for the template to read, such as enable_thinking=False. Raises as `generate`.
         """
-        return run_out(self.stream_chat(messages, tools=tools, template_variables=template_variables, **settings))
+        stream = self.stream_chat(messages, tools=tools, template_variables=template_variables, **settings)
+        return self.run_out([stream])[0]
 
     def stream_chat(
         self,
@@ -228,10 +235,9 @@ class LLM:
         ctx, has_text = self.setup.target.ctx, self._prompts.has_text
         return Stream(
             self.kernel,
-            self.turns,
+            self._batch,
             self._slots,
             requests.make_request(ids, settings, self.defaults, self.spec, ctx, has_text=has_text),
-            chunk=self.setup.prompt_chunk,
             tokenizer=self._tokenizer,
             step_bytes=self.step_bytes,
             encode_ns=perf_counter_ns() - begin_ns,

@@ -24,7 +24,7 @@ def run_prompt(
     assert slot.n == begin  # so an interrupt during the forward leaves what lies before these rows
     kernel.forward(count)
     slot.ids[begin:end] = ids[begin:end]
-    slot.n = end
+    slot.held.n = end
 
 
 def prompt_logits(kernel: Kernel, slot: Slot, ids: NDArray[np.int32], begin: int, end: int) -> NDArray[np.float32]:

@@ -1,90 +1,28 @@
-"""The token loop, and the iterator that callers see."""
+"""The iterator that callers see."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from inspect import GEN_RUNNING, getgeneratorstate
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..backends.base import Kernel, Want
-from ..errors import DeviceError, RequestError
-from .adjust import Adjustments
-from .forward import run_prompt
+from ..backends.base import Kernel
+from ..errors import RequestError
+from .batch import Batch, Sequence
 from .logprobs import TokenLogprobs, token_logprobs
 from .request import Request
-from .slots import Slot, Slots, Turns
+from .slots import Slots
 from .stats import Output, make_timing
 from .stops import StopFinder
 
 if TYPE_CHECKING:
     from ..checkpoint import Tokenizer
-
-
-def token_loop(
-    kernel: Kernel, turns: Turns, slot: Slot, request: Request, chunk: int, logits: NDArray[np.float32] | None
-) -> Generator[int, None, None]:
-    """Runs the prompt from `slot.n` on, then one forward per token; yields token ids, or -1 between chunks of the
-    prompt: a place to stop. Closing it between yields ends it. Before a token is yielded, `logits` (vocab_size) are
-    set to those that it was chosen from, where wanted.
-    """
-    rows, forward, results, take = kernel.rows, kernel.forward, kernel.tokens, turns.take
-    token, slots, pos, want = rows.token, rows.slot, rows.pos, rows.want
-    temperature, top_k, top_p, min_p = rows.temperature, rows.top_k, rows.top_p, rows.min_p
-    seed, choice, adjust_begin, adjust_end = rows.seed, rows.choice, rows.adjust_begin, rows.adjust_end
-    heat, most = np.float32(request.temperature), np.int32(request.top_k)
-    share, least = np.float32(request.top_p), np.float32(request.min_p)
-    key, wanted, held = np.uint64(request.seed), Want.TOKEN if logits is None else Want.LOGITS, slot.ids
-    ids, n, index = request.ids, len(request.ids), slot.index
-    adjusted = request.repeat_penalty != 1 or len(request.logit_bias) > 0
-    changes = Adjustments(rows, slot, ids, request.repeat_penalty, request.logit_bias) if adjusted else None
-    first, last = (changes.begin, changes.end) if changes else (0, 0)
-    end = n + request.max_tokens - 1  # of the positions whose tokens run
-    stops = None if changes or logits is not None else tuple(request.stop_ids)
-
-    def put(row: int) -> None:
-        want[row], temperature[row], top_k[row], top_p[row], min_p[row] = wanted, heat, most, share, least
-        seed[row], choice[row], adjust_begin[row], adjust_end[row] = key, 0, first, last
-
-    def run_chunk(begin: int, end: int) -> int:
-        """Tokens [begin, end) of the prompt: the new token after the last one, -1 before."""
-        if end < n:
-            run_prompt(kernel, slot, ids, begin, end, want=Want.NOTHING, last=Want.NOTHING)
-            return -1
-        put(end - begin - 1)
-        run_prompt(kernel, slot, ids, begin, end, want=Want.NOTHING, last=wanted)
-        return result()
-
-    def run_token(last_token: int, at: int) -> int:
-        if slot.n != at:
-            raise DeviceError("something else wrote to the cache of this request (`forget`): ask again")
-        token[0], slots[0], pos[0] = last_token, index, at
-        put(0)
-        forward(1, stops if at + 1 < end and not turns.n_waiting else None)
-        held[at], slot.n = last_token, at + 1
-        return result()
-
-    def result() -> int:
-        if logits is not None:
-            logits[:] = kernel.logits[0]
-        return results.item(0)
-
-    for begin in range(slot.n, n, chunk):
-        new = take(run_chunk, begin, min(begin + chunk, n))
-        yield new
-    for at in range(n, end):
-        if new in request.stop_ids:
-            return
-        if changes is not None:
-            changes.note(new)
-            last = changes.end
-        new = take(run_token, new, at)
-        yield new
 
 
 class Piece(NamedTuple):
@@ -122,11 +60,10 @@ class Stream(Iterator[Piece]):
     def __init__(
         self,
         kernel: Kernel,
-        turns: Turns,
+        batch: Batch,
         slots: Slots,
         request: Request,
         *,
-        chunk: int,
         tokenizer: Tokenizer | None,
         step_bytes: Callable[[int], int],
         encode_ns: int,
@@ -136,7 +73,7 @@ class Stream(Iterator[Piece]):
         self._step_bytes = step_bytes  # read by a token, of its number of positions
         self._answer = answer = _Answer()
         # The generator does not know the stream, so that dropping this one ends that one and frees the slot at once.
-        self._pieces = _pieces(answer, kernel, turns, slots, request, chunk, tokenizer, encode_ns)
+        self._pieces = _pieces(answer, kernel, batch, slots, request, tokenizer, encode_ns)
 
     def __iter__(self) -> Stream:
         return self
@@ -194,48 +131,47 @@ class Stream(Iterator[Piece]):
 def _pieces(
     answer: _Answer,
     kernel: Kernel,
-    turns: Turns,
+    batch: Batch,
     slots: Slots,
     request: Request,
-    chunk: int,
     tokenizer: Tokenizer | None,
     encode_ns: int,
 ) -> Generator[Piece, None, None]:
     """The pieces of a stream, noted in `answer` as they are made."""
-    ids, texts, clock, me = answer.ids, answer.texts, perf_counter_ns, threading.get_ident
+    ids, texts, me = answer.ids, answer.texts, threading.get_ident
     stop_ids, n_top, logprobs = request.stop_ids, request.logprobs, None
     logits = None if n_top is None else np.empty(kernel.program.spec.vocab_size, np.float32)
     text_stream = tokenizer.stream() if tokenizer is not None else _NoText()
     detokenize, finder = text_stream.step, StopFinder(request.stops) if request.stops else None
-    record = answer.step_ns.append
-    begin = clock() - encode_ns
+    begin = perf_counter_ns() - encode_ns
     with slots.taken(request.ids, len(request.ids) - 1, lambda: answer.cancelled) as slot:
         if slot is None:
             return
         answer.cached = slot.n
-        for new in token_loop(kernel, turns, slot, request, chunk, logits):
-            if answer.cancelled:
-                return
-            if new < 0:
-                continue
-            text = "" if new in stop_ids else detokenize(new) or ""
-            if finder is not None:
-                text, answer.stop = finder.feed(text)
-            if logits is not None and n_top is not None:
-                logprobs = token_logprobs(logits, new, n_top)
-                answer.logprobs.append(logprobs)
-            ids.append(new)
-            texts.append(text)
-            now = clock()
-            if answer.ttft_ns:
-                record(now - begin)
-            else:
-                answer.ttft_ns = now - begin
-            yield Piece(text, new, logprobs)
-            if answer.stop is not None:
-                return
-            slot.owner = me()
-            begin = clock()
+        with closing(batch.tokens(Sequence(kernel, slot, request, logits))) as tokens:
+            for new, took_ns in tokens:
+                if answer.cancelled:
+                    return
+                if new < 0:
+                    continue
+                after = perf_counter_ns()
+                text = "" if new in stop_ids else detokenize(new) or ""
+                if finder is not None:
+                    text, answer.stop = finder.feed(text)
+                if logits is not None and n_top is not None:
+                    logprobs = token_logprobs(logits, new, n_top)
+                    answer.logprobs.append(logprobs)
+                ids.append(new)
+                texts.append(text)
+                now = perf_counter_ns()
+                if answer.ttft_ns:
+                    answer.step_ns.append(took_ns + now - after)
+                else:
+                    answer.ttft_ns = now - begin
+                yield Piece(text, new, logprobs)
+                if answer.stop is not None:
+                    return
+                slot.owner = me()
     rest = text_stream.finish() or ""
     if finder is not None:
         rest, answer.stop = finder.feed(rest)
@@ -245,12 +181,23 @@ def _pieces(
         yield Piece(rest, None)
 
 
-def run_out(stream: Stream) -> Output:
-    """Takes all pieces of a stream."""
-    with stream:
-        for _ in stream:
-            pass
-    return stream.output
+def run_out(streams: list[Stream], has_free_slot: Callable[[], bool]) -> list[Output]:
+    """Takes all pieces of streams: one after another, and beside each other as long as slots are free."""
+    waiting, running = streams[:], list[Stream]()
+    try:
+        while waiting or running:
+            if waiting and (not running or has_free_slot()):
+                running.append(waiting.pop(0))
+                pieces = running[-1:]  # it takes its slot now
+            else:
+                pieces = running[:]
+            for stream in pieces:
+                if next(stream, None) is None:
+                    running.remove(stream)
+    finally:
+        for stream in streams:
+            stream.close()
+    return [stream.output for stream in streams]
 
 
 class _NoText:

@@ -115,19 +115,36 @@ class _Lease:
     __slots__ = ("__weakref__",)
 
 
-class Slot:
-    """The KV cache of one sequence, and the token ids that it holds: `ids[:n]` at positions 0 to n - 1."""
+class Held:
+    """The token ids that a slot holds: `ids[:n]` at positions 0 to n - 1."""
 
-    __slots__ = ("ids", "index", "lease", "n", "n_slots", "owner", "used")
+    __slots__ = ("ids", "n")
+
+    def __init__(self, ids: NDArray[np.int32], n: int = 0) -> None:
+        self.ids, self.n = ids, n
+
+
+class Slot:
+    """The KV cache of one sequence. What it holds is another object for whoever takes it next, so that a forward that
+    was under way for the one before has nothing to write to."""
+
+    __slots__ = ("held", "index", "lease", "n_slots", "owner", "used")
 
     def __init__(self, index: int, n_slots: int, ctx: int) -> None:
         self.index = index
         self.n_slots = n_slots
-        self.ids: NDArray[np.int32] = np.zeros(ctx, np.int32)
-        self.n = 0
+        self.held = Held(np.zeros(ctx, np.int32))
         self.owner: int | None = None  # thread that took it, or last went on with its sequence; None: free
         self.lease: weakref.ref[_Lease] | None = None  # dead: whoever took it is gone without a word
         self.used = 0  # grows with every release; 0: holds nothing worth keeping
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        return self.held.ids
+
+    @property
+    def n(self) -> int:
+        return self.held.n
 
     @property
     def is_free(self) -> bool:
@@ -140,7 +157,7 @@ class Slot:
         return int(differ[0]) if len(differ) else n
 
     def forget(self) -> None:
-        self.n = self.used = 0
+        self.held.n = self.used = 0
 
 
 class Slots:
@@ -213,8 +230,8 @@ class Slots:
                     left = self._wait_s - (now - begin)
                     self._changed.wait(max(0.0, min(left, NESTED_S / 10 if nested else LOOK_AGAIN_S)))
                 slot = _best(free, ids)
-                slot.n, slot.lease = min(slot.shared(ids), reusable), None if lease is None else weakref.ref(lease)
-                slot.owner = me
+                slot.held = Held(slot.ids.copy(), min(slot.shared(ids), reusable))
+                slot.lease, slot.owner = None if lease is None else weakref.ref(lease), me
                 return slot
             finally:
                 self._line.remove(place)
@@ -249,6 +266,10 @@ class Slots:
     @property
     def n_waiting(self) -> int:
         return len(self._line)
+
+    def has_free(self) -> bool:
+        """Whether a request would get one at once, if nobody else comes first."""
+        return not self._line and any(slot.is_free for slot in self._slots)
 
     def _refuse_endless(self, waited_s: float, nested_s: float | None) -> None:
         main = threading.current_thread() is threading.main_thread()
