@@ -158,6 +158,25 @@ def test_an_error_in_a_list_closes_the_others(folder: Path) -> None:
         assert len(llm.generate(PROMPTS, max_tokens=3, ignore_eos=True)) == len(PROMPTS)
 
 
+def test_a_warm_prompt_is_not_computed_again(folder: Path) -> None:
+    with load(folder, streams=2, prompt_chunk=16) as llm:
+        alone = token_ids(llm, [5] * 40 + [6])
+        llm.forget()
+        forwards = Forwards(llm)
+        assert llm.warm([5] * 40) == 0
+        assert [len(rows) for rows in forwards.rows] == [16, 16, 8]
+        assert all(want == Want.NOTHING for rows in forwards.rows for _, _, want in rows)
+        assert llm.warm([5] * 40) == 40
+        output = llm.generate([5] * 40 + [6], max_tokens=8, ignore_eos=True)
+        assert (output.cached_tokens, output.token_ids) == (40, alone)
+        other = llm.stream(PROMPTS[0], max_tokens=20, ignore_eos=True)
+        next(other)
+        forwards.rows.clear()
+        assert llm.warm([7] * 20) == 0
+        assert [len(rows) for rows in forwards.rows] == [1 + MIXED_ROWS] * 2 + [5], "beside one that decodes"
+        other.close()
+
+
 def test_a_stream_that_is_not_read_stands_still(folder: Path) -> None:
     with load(folder, streams=2) as llm:
         forwards = Forwards(llm)

@@ -77,13 +77,20 @@ class Sequence:
     @property
     def has_ended(self) -> bool:
         made, request = self.made, self.request
-        return bool(made) and (len(made) >= request.max_tokens or made[-1] in request.stop_ids)
+        if not made:
+            return request.max_tokens == 0 and not self.left
+        return len(made) >= request.max_tokens or made[-1] in request.stop_ids
+
+    @property
+    def waits(self) -> bool:
+        """Whether what its caller asked for is not there: a token, or, where none was asked for, the whole prompt."""
+        return len(self.made) < self.asked or (self.asked == 0 and self.left > 0)
 
     @property
     def can_go_on(self) -> bool:
         if self.over or self.error is not None or self.has_ended:
             return False
-        return len(self.made) < self.asked + (AHEAD if self.logits is None else 0)
+        return self.left > 0 or len(self.made) < self.asked + (AHEAD if self.logits is None else 0)
 
     @property
     def pos(self) -> int:
@@ -99,9 +106,8 @@ class Part(NamedTuple):
     n: int
 
     @property
-    def is_last(self) -> bool:
-        """Whether a token comes of it."""
-        return self.n >= self.sequence.left
+    def makes_token(self) -> bool:
+        return self.n >= self.sequence.left and self.sequence.request.max_tokens > 0
 
 
 class Batch:
@@ -111,22 +117,24 @@ class Batch:
         self._kernel, self._turns, self._chunk = kernel, turns, chunk
         self._sequences: list[weakref.ref[Sequence]] = []  # in the order of their arrival
 
+    def sequence(self, slot: Slot, request: Request, logits: NDArray[np.float32] | None = None) -> Sequence:
+        """See Sequence."""
+        return Sequence(self._kernel, slot, request, logits)
+
     def tokens(self, sequence: Sequence) -> Generator[tuple[int, int], None, None]:
         """The tokens of a sequence and what each took in ns, waiting for it included; (-1, 0) after a forward that made
         none: a place to stop. Closing it between two ends the sequence. Raises what `Kernel.forward` and `Turns.take`
         raise.
         """
-        made, clock, take = sequence.made, perf_counter_ns, self._turns.take
+        made, clock = sequence.made, perf_counter_ns
         self._sequences.append(weakref.ref(sequence))
         try:
             for i in range(sequence.request.max_tokens):
                 sequence.asked, begin, waited = i + 1, clock(), False
-                while len(made) <= i:
+                while sequence.waits:
                     waited = True
-                    take(self._advance, sequence, i)
-                    if sequence.error is not None:
-                        raise sequence.error
-                    if len(made) <= i:
+                    self._wait(sequence)
+                    if sequence.waits:
                         yield -1, 0
                 yield made[i], clock() - begin if waited else sequence.took_ns[i]
                 if made[i] in sequence.request.stop_ids:
@@ -134,8 +142,23 @@ class Batch:
         finally:
             sequence.over = True
 
-    def _advance(self, sequence: Sequence, i: int) -> None:
-        if len(sequence.made) <= i and sequence.error is None:
+    def run_prompt(self, sequence: Sequence) -> None:
+        """Of a sequence that makes no tokens. Raises as `tokens`."""
+        self._sequences.append(weakref.ref(sequence))
+        try:
+            while sequence.waits:
+                self._wait(sequence)
+        finally:
+            sequence.over = True
+
+    def _wait(self, sequence: Sequence) -> None:
+        """For one forward at most."""
+        self._turns.take(self._advance, sequence)
+        if sequence.error is not None:
+            raise sequence.error
+
+    def _advance(self, sequence: Sequence) -> None:
+        if sequence.waits and sequence.error is None:
             self.step()
 
     def step(self) -> None:
@@ -195,7 +218,7 @@ class Batch:
             at = slice(row, row + count)
             rows.token[at], rows.slot[at] = request.ids[pos : pos + count], sequence.slot.index
             rows.pos[at], rows.want[at] = np.arange(pos, pos + count), Want.NOTHING
-            if not part.is_last:
+            if not part.makes_token:
                 return
         last, changes = row + count - 1, sequence.changes
         rows.want[last], rows.temperature[last], rows.top_k[last] = sequence.wanted, request.temperature, request.top_k
@@ -220,10 +243,10 @@ class Batch:
     def _note(self, part: Part, head: int, took_ns: int) -> int:
         """What a forward made of a part, with the `head`-th result if it has one: 1 if so. May be cut off anywhere."""
         sequence, _, count = part
-        held, pos, is_last = sequence.held, sequence.pos, part.is_last
+        held, pos, makes_token = sequence.held, sequence.pos, part.makes_token
         held.ids[pos : pos + count] = self._kernel.rows.token[part.row : part.row + count]
         held.n = pos + count
-        if not is_last:
+        if not makes_token:
             sequence.n_run = held.n
             return 0
         if sequence.logits is not None:

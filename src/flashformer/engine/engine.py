@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Unpack, overload
@@ -242,6 +243,19 @@ class LLM:
             step_bytes=self.step_bytes,
             encode_ns=perf_counter_ns() - begin_ns,
         )
+
+    def warm(self, prompt: Prompt) -> int:
+        """Computes a prompt into the cache, so that a request that begins with it starts sooner; gives how many of its
+        tokens were there already. Raises as `generate`.
+        """
+        self.turns.check()
+        ids, ctx = self._prompts.ids(prompt), self.setup.target.ctx
+        asked = requests.make_request(ids, SamplingSettings(), self.defaults, self.spec, ctx, has_text=False)
+        with self._slots.taken(ids, len(ids)) as slot:
+            assert slot is not None
+            cached = slot.n
+            self._batch.run_prompt(self._batch.sequence(slot, replace(asked, max_tokens=0)))
+        return cached
 
     def step_bytes(self, n_positions: int) -> int:
         """Weight and KV bytes read by a token of a slot with `n_positions`, itself included."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backends.base import Kernel
 from ..errors import RequestError
-from .batch import Batch, Sequence
+from .batch import Batch
 from .logprobs import TokenLogprobs, token_logprobs
 from .request import Request
 from .slots import Slots
@@ -148,7 +148,7 @@ def _pieces(
         if slot is None:
             return
         answer.cached = slot.n
-        with closing(batch.tokens(Sequence(kernel, slot, request, logits))) as tokens:
+        with closing(batch.tokens(batch.sequence(slot, request, logits))) as tokens:
             for new, took_ns in tokens:
                 if answer.cancelled:
                     return
