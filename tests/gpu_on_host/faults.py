@@ -82,7 +82,7 @@ FAULTS = [
         "slot released per block instead of per warp",
         (
             ("ring.cuh", "static_cast<u32>(kWarps));", "1);"),
-            ("ring.cuh", "if (ctx.lane == 0) mbar_arrive(", "if (ctx.thread == 0) mbar_arrive("),
+            ("ring.cuh", "if (ctx.lane == 0 && !ctx.aborted) mbar_arrive(", "if (ctx.thread == 0) mbar_arrive("),
         ),
         "unordered accesses to shared .* bulk_copy",
     ),

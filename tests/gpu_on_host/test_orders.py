@@ -135,3 +135,13 @@ def test_slots_that_are_never_given_back() -> None:
     forward.launch["spin_limit"] = 100_000
     forward.simulator.switch("kSlotRelease", Mode.OFF)
     assert aborted(forward)["site"] in ("kWaitEmpty", "kWaitFull")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_after_an_abort_no_slot_is_given_back(seed: int) -> None:
+    """More bytes are announced than come. A slot given back unread would be announced again in the same phase."""
+    forward = two_phases(seed, n_slots=1, stop_at_deadlock=0, idle_cycles=1 << 30, expect_tx_delta=16)
+    forward.launch["spin_limit"] = 100 << 30
+    found = forward.run()
+    assert forward.simulator.sites()[int(forward.report[3])] == "kWaitFull"
+    assert "ended and nobody had waited for the last bulk copies" in found, found

@@ -16,6 +16,7 @@ struct Waiter {
   const Launch& launch;
   u32 block, phase;
   Site site;
+  u32 patience = 1;  // in spin limits
 };
 
 inline COLD void write_record(u32* report, u32* failed, u32 block, u32 phase, u32 site, u32 seen, u32 expected) {
@@ -44,7 +45,7 @@ struct Spin {
     const u64 now = clock_cycles();
     if (looks == 0) begin = now;
     if (++looks % kLooksPerFlag == 0 && ld_relaxed(waiter.launch.report + kReportFlag) != 0) return true;
-    if (now - begin <= waiter.launch.spin_limit) return false;
+    if (now - begin <= waiter.patience * waiter.launch.spin_limit) return false;
     write_abort(waiter, seen, expected);
     return true;
   }

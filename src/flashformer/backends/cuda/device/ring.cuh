@@ -53,10 +53,11 @@ inline DEVICE u32 take_slot(Context& ctx) {
   return slot_address(ctx.smem, ctx.ring.slot);
 }
 
-// All lanes of a warp, when they have read what they want of the slot.
+// All lanes of a warp, when they have read what they want of the slot. After an abort nobody gives a slot back: nobody
+// has waited for its bytes, which may be under way, and the producer would announce others for the same phase of full.
 inline DEVICE void release_slot(Context& ctx) {
   warp_sync(Site::kSlotWarp);
-  if (ctx.lane == 0) mbar_arrive(Site::kSlotRelease, empty_barrier(ctx.smem, ctx.ring.slot));
+  if (ctx.lane == 0 && !ctx.aborted) mbar_arrive(Site::kSlotRelease, empty_barrier(ctx.smem, ctx.ring.slot));
   ctx.ring.advance();
 }
 
@@ -71,12 +72,13 @@ struct Producer {
   u32 phase = 0;
   u32 copies = 0;  // under way or done
 
-  // False: the launch was aborted.
+  // False: the launch was aborted. Consumers in a hand-off that never ends keep the slots from it: they know more, and
+  // give up first.
   DEVICE bool wait_empty() {
-    const Waiter waiter = {launch, block, phase, Site::kWaitEmpty};
+    const Waiter waiter = {launch, block, phase, Site::kWaitEmpty, 2};
     Spin spin;
     while (!mbar_try_wait(Site::kWaitEmpty, empty_barrier(smem, ring.slot), ring.parity ^ 1)) {
-      if (spin.give_up(waiter, ring.slot, ring.parity ^ 1)) return false;
+      if (spin.give_up(waiter, ring.slot, copies / kSlots)) return false;
     }
     return true;
   }
