@@ -194,13 +194,13 @@ extern "C" __global__ void __launch_bounds__(288, 1) test_bulk(const __grid_cons
       mbar_init(empty + 8 * s, 8);
     }
     fence_mbar_init(kAny);
-    if (mbar_try_wait(kAny, full, 0)) red_release_add(kAny, test.words + 1, 1);
+    if (mbar_try_wait(kAny, full, 0)) red_relaxed_add(kAny, test.words + 1, 1);
   }
   bar_sync(kAny, 0, 288);
   if (t == 256) {
     for (u32 use = 0; use < test.n; ++use) {
       const u32 s = use % kSlots, parity = use / kSlots & 1, bytes = use % 5 == 0 ? 16 * (use + 1) : kBytes;
-      if (!wait_for(empty + 8 * s, parity ^ 1)) red_release_add(kAny, test.words, 1);
+      if (!wait_for(empty + 8 * s, parity ^ 1)) red_relaxed_add(kAny, test.words, 1);
       fence_proxy_async(kAny);
       mbar_arrive_expect_tx(kAny, full + 8 * s, bytes);
       bulk_copy(smem + s * kBytes, test.in + u64{use} * kBytes, bytes, full + 8 * s);
@@ -208,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) test_bulk(const __grid_cons
   } else if (t < 256) {
     for (u32 use = 0; use < test.n; ++use) {
       const u32 s = use % kSlots, parity = use / kSlots & 1, bytes = use % 5 == 0 ? 16 * (use + 1) : kBytes;
-      if (!wait_for(full + 8 * s, parity)) red_release_add(kAny, test.words, 1);
+      if (!wait_for(full + 8 * s, parity)) red_relaxed_add(kAny, test.words, 1);
       for (u32 at = 16 * t; at < bytes; at += 16 * 256) {
         const u32x4 v = ld_shared<u32x4>(smem + s * kBytes + at);
         st_shared<u32>(smem + s * kBytes + at, 0xDEADBEEF);  // must not outlive the next copy
@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) test_bulk(const __grid_cons
 
 // n rounds between all blocks: every thread stores, the block arrives, waits for all, reads another block's words.
 // out (n_blocks) u32: [ticket] + 1 of atom_add_acq_rel; words: [0] arrivals, [1] tickets, [2] waits in vain, [3] wrong
-// words, [4] what st_relaxed left.
+// words, [4] what st_relaxed left, [5] tickets of atom_add_relaxed, [6] their sum.
 extern "C" __global__ void __launch_bounds__(288, 1) test_grid(const __grid_constant__ Test test) {
   const u32 t = thread_index(), block = block_index(), blocks = n_blocks();
   u32* data = reinterpret_cast<u32*>(test.out) + blocks;  // (2, blocks, 288)
@@ -234,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) test_grid(const __grid_cons
     bar_sync(kAny, 0, 288);
     if (t == 0) {
       fence_gpu(kAny);
-      red_release_add(kAny, test.words, 1);
+      red_relaxed_add(kAny, test.words, 1);
       const u64 begin = clock_cycles();
       while (!gave_up && ld_acquire(kAny, test.words) < blocks * (round + 1)) {
         if (clock_cycles() - begin > kPatience) gave_up = true;
@@ -244,11 +244,12 @@ extern "C" __global__ void __launch_bounds__(288, 1) test_grid(const __grid_cons
     const u32 other = (block + 1 + round % (blocks - 1)) % blocks;
     wrong += ld_global(mine + other * 288 + t) != round * 7919 + other * 288 + t;
   }
-  if (gave_up) red_release_add(kAny, test.words + 2, 1);
-  if (wrong != 0) red_release_add(kAny, test.words + 3, wrong);
+  if (gave_up) red_relaxed_add(kAny, test.words + 2, 1);
+  if (wrong != 0) red_relaxed_add(kAny, test.words + 3, wrong);
   if (t == 0) {
     const u32 ticket = atom_add_acq_rel(kAny, test.words + 1, 1);
     st_global(reinterpret_cast<u32*>(test.out) + ticket, ticket + 1);
+    atom_add_relaxed(kAny, test.words + 6, atom_add_relaxed(kAny, test.words + 5, 1));
     if (ticket == 0) st_relaxed(test.words + 4, ld_relaxed(test.words) + 5);
   }
 }

@@ -31,7 +31,7 @@ inline DEVICE void patient_wait(const Stream& stream, u32 bar, u32 parity) {
   const u64 begin = clock_cycles();
   while (!mbar_try_wait(kAny, bar, parity)) {
     const u64 waited = clock_cycles() - begin;
-    if (waited > kPatience) return red_release_add(kAny, stream.counter + 1, 1);
+    if (waited > kPatience) return red_relaxed_add(kAny, stream.counter + 1, 1);
     if (waited > kSoon && ld_relaxed(stream.counter + 1) != 0) return;
   }
 }
@@ -70,12 +70,12 @@ inline DEVICE void meet(const Stream& stream, u32 round) {
   bar_sync(kAny, 1, 256);
   if (thread_index() == 0) {
     fence_gpu(kAny);
-    red_release_add(kAny, stream.counter, 1);
+    red_relaxed_add(kAny, stream.counter, 1);
     const u32 target = n_blocks() * (round + 1);
     const u64 begin = clock_cycles();
     while (static_cast<i32>(ld_acquire(kAny, stream.counter) - target) < 0) {
       const u64 waited = clock_cycles() - begin;
-      if (waited > kPatience) red_release_add(kAny, stream.counter + 1, 1);
+      if (waited > kPatience) red_relaxed_add(kAny, stream.counter + 1, 1);
       if (waited > kSoon && ld_relaxed(stream.counter + 1) != 0) break;
     }
   }
@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) stream_read(const __grid_co
   } else {
     const u64 cycles = clock_cycles(), ns = clock_ns();
     const u32 sum = add_all(stream, smem, full, empty);
-    red_release_add(kAny, stream.sums + block_index(), sum);
+    red_relaxed_add(kAny, stream.sums + block_index(), sum);
     if (block_index() == 0 && thread_index() == 0) {
       st_global(stream.clock, clock_cycles() - cycles);
       st_global(stream.clock + 1, clock_ns() - ns);

@@ -131,6 +131,7 @@ UNORDERED = {
     "kMergeStored": "unordered accesses to work",
     "kMergeFence": "Missing: fence_gpu",
     "kMergeArrive": "Missing: release",
+    "kMergeSeen": "unordered accesses to work",
     "kMergeBar": "unordered accesses to shared",
 }
 

@@ -63,6 +63,7 @@ KINDS: dict[str, Kinds] = {
     "kMergeStored": (f"{WORK}.* at merge.cuh",) * 2,
     "kMergeFence": (f"{WORK}.* at merge.cuh",) * 2,
     "kMergeArrive": (f"{WORK}.* at merge.cuh",) * 2,
+    "kMergeSeen": (f"{WORK}.* at merge.cuh",) * 2,
     "kMergeBar": shared("merge.cuh"),
     "kChooseSum": shared("choose.cuh"),
     "kChooseMax": shared("choose.cuh"),

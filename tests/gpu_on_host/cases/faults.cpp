@@ -53,6 +53,9 @@ enum Fault : u32 {
   kRelaxedNoFence,
   kLastArriver,
   kLastArriverNoFence,
+  kLastArriverRelaxed,
+  kLastArriverRelaxedNoFence,
+  kLastArriverNoFenceAfter,
   kCounterReset,
   kPlainOverAtomic,
   kLaneGone,
@@ -90,13 +93,16 @@ struct Thread {
     }
   }
 
-  // Both blocks store, the last to arrive adds up.
-  void last_arriver(bool fence) const {
+  // Both blocks store, the last to arrive adds up: it fences before and after it has arrived.
+  void last_arriver(bool fence, bool relaxed = false, bool fence_after = false) const {
     st_global(launch.data + 64 * block + thread, block + thread);
     bar_sync(Site::kMergeStored, 0, 64);
     if (thread) return;
     if (fence) fence_gpu(Site::kMergeFence);
-    if (atom_add_acq_rel(Site::kMergeArrive, launch.counter, 1) != 1) return;
+    const u32 before = relaxed ? atom_add_relaxed(Site::kMergeArrive, launch.counter, 1)
+                               : atom_add_acq_rel(Site::kMergeArrive, launch.counter, 1);
+    if (before != 1) return;
+    if (fence_after) fence_gpu(Site::kMergeSeen);
     u32 sum = 0;
     for (u32 i = 0; i < 128; ++i) sum += ld_global(launch.data + i);
     st_global(launch.data + 128, sum);
@@ -168,7 +174,7 @@ struct Thread {
         ld_global(launch.fresh + 3);
         return;
       case kFreshCounter:
-        return red_release_add(Site::kHandoffArrive, launch.fresh, 1);
+        return red_relaxed_add(Site::kHandoffArrive, launch.fresh, 1);
       case kWriteConstant:
         return st_global(const_cast<u32*>(launch.fixed), 1u);
       case kLdConstOfChanging:
@@ -260,11 +266,17 @@ struct Thread {
         return last_arriver(true);
       case kLastArriverNoFence:
         return last_arriver(false);
+      case kLastArriverRelaxed:
+        return last_arriver(true, true, true);
+      case kLastArriverRelaxedNoFence:
+        return last_arriver(false, true, true);
+      case kLastArriverNoFenceAfter:
+        return last_arriver(true, true, false);
       case kCounterReset:
         if (thread == 0) atom_add_acq_rel(Site::kMergeArrive, launch.counter + 3, 1);
         return;
       case kPlainOverAtomic:
-        if (thread == 0 && block == 0) red_release_add(Site::kHandoffArrive, launch.counter, 1);
+        if (thread == 0 && block == 0) red_relaxed_add(Site::kHandoffArrive, launch.counter, 1);
         if (thread == 0 && block == 1) st_global(launch.counter, 0u);
         return;
       case kLaneGone:

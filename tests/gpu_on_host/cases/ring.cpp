@@ -79,7 +79,7 @@ void run_phase(const Launch& launch, u32 smem, u32 phase) {
   bar_sync(Site::kPhaseBar, 1, kConsumers);
   if (thread != 0) return;
   if (launch.variation != kLateFence) fence_gpu(Site::kHandoffFence);
-  red_release_add(Site::kHandoffArrive, launch.counter, 1);
+  red_relaxed_add(Site::kHandoffArrive, launch.counter, 1);
 }
 
 }  // namespace flashformer

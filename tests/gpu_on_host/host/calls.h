@@ -27,8 +27,9 @@ struct At {
 #define SIM_CALLS(X)                                                                                                   \
   X(ld_shared), X(st_shared), X(ld_global), X(st_global), X(ld_const), X(prefetch_l2_bulk), X(bar_sync), X(warp_sync), \
       X(mbar_init), X(fence_mbar_init), X(mbar_arrive), X(mbar_arrive_expect_tx), X(mbar_try_wait),                    \
-      X(fence_proxy_async), X(bulk_copy), X(fence_gpu), X(red_release_add), X(ld_acquire), X(atom_add_acq_rel),        \
-      X(ld_relaxed), X(st_relaxed), X(shfl_xor), X(shfl_idx), X(ballot), X(mma_bf16), X(mma_f16), X(nanosleep)
+      X(fence_proxy_async), X(bulk_copy), X(fence_gpu), X(red_relaxed_add), X(ld_acquire), X(atom_add_relaxed),        \
+      X(atom_add_acq_rel), X(ld_relaxed), X(st_relaxed), X(shfl_xor), X(shfl_idx), X(ballot), X(mma_bf16), X(mma_f16), \
+      X(nanosleep)
 
 #define SIM_CALL_ENUM(name) name
 enum class Call : u8 { SIM_CALLS(SIM_CALL_ENUM), kCount };
@@ -59,8 +60,9 @@ void fence_proxy_async(Site site, At at);
 void bulk_copy(u32 dst, const void* src, u32 bytes, u32 bar, At at);
 
 void fence_gpu(Site site, At at);
-void red_release_add(Site site, u32* p, u32 v, At at);
+void red_relaxed_add(Site site, u32* p, u32 v, At at);
 u32 ld_acquire(Site site, const u32* p, At at);
+u32 atom_add_relaxed(Site site, u32* p, u32 v, At at);
 u32 atom_add_acq_rel(Site site, u32* p, u32 v, At at);
 u32 ld_relaxed(const u32* p, At at);
 void st_relaxed(u32* p, u32 v, At at);

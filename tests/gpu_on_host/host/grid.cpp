@@ -39,6 +39,13 @@ void Machine::publish(Word& word, bool replace, u16 place) {
   block.released_at = place;
 }
 
+// A relaxed read of a word with which so much was published: the lane's next fence makes it known.
+void Machine::sees(const Clock& released) {
+  auto seen = std::make_shared<Clock>(released);
+  if (current->unfenced) join(*seen, *current->unfenced);
+  current->unfenced = seen;
+}
+
 void Machine::changed(const u32* p, Word& word) {
   progress();
   wake_all(word.waiters);
@@ -79,11 +86,11 @@ void fence_gpu(Site site, At) {
   lane.fenced = m.knowledge(lane);
 }
 
-void red_release_add(Site site, u32* p, u32 v, At at) {
+void red_relaxed_add(Site site, u32* p, u32 v, At at) {
   Machine& m = *machine;
   const Mode mode = m.reach(site);
   if (mode == Mode::kOff) return;
-  const u16 place = m.place(Call::red_release_add, at, site);
+  const u16 place = m.place(Call::red_relaxed_add, at, site);
   Word& word = m.word(p, place);
   m.atomic_read(access(m, p, place));
   m.write(access(m, p, place), true);
@@ -103,23 +110,38 @@ u32 ld_acquire(Site site, const u32* p, At at) {
   return value;
 }
 
-u32 atom_add_acq_rel(Site site, u32* p, u32 v, At at) {
+namespace {
+
+// The value before. What others have published before is known at once if `acquires`, else from the next fence on.
+u32 atom_add(Call call, Site site, u32* p, u32 v, At at, bool acquires) {
   Machine& m = *machine;
   m.reach(site);
-  const u16 place = m.place(Call::atom_add_acq_rel, at, site);
+  const u16 place = m.place(call, at, site);
   Word& word = m.word(p, place);
   m.atomic_read(access(m, p, place));
   m.write(access(m, p, place), true);
   if (m.modes[static_cast<u32>(site)] == Mode::kOn) {
     const Snapshot before = m.released(word);
     m.publish(word, false, place);
-    m.learn(*m.current, word.source, before);
+    if (acquires) {
+      m.learn(*m.current, word.source, before);
+    } else {
+      m.sees(*before);
+    }
   }
   const u32 old = *word.value;
   *word.value += v;
   m.changed(p, word);
   return old;
 }
+
+}  // namespace
+
+u32 atom_add_relaxed(Site site, u32* p, u32 v, At at) {
+  return atom_add(Call::atom_add_relaxed, site, p, v, at, false);
+}
+
+u32 atom_add_acq_rel(Site site, u32* p, u32 v, At at) { return atom_add(Call::atom_add_acq_rel, site, p, v, at, true); }
 
 u32 ld_relaxed(const u32* p, At at) {
   Machine& m = *machine;
@@ -129,10 +151,7 @@ u32 ld_relaxed(const u32* p, At at) {
   Word& word = m.word(p, place);
   m.atomic_read(access(m, p, place));
   const u32 value = m.poll(p, word, place, true);
-  Lane& lane = *m.current;
-  auto seen = std::make_shared<Clock>(*m.released(word));
-  if (lane.unfenced) join(*seen, *lane.unfenced);
-  lane.unfenced = seen;
+  m.sees(*m.released(word));
   return value;
 }
 

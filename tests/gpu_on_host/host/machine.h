@@ -194,6 +194,7 @@ class Machine {
   Word& word(const u32* p, u16 place);
   Snapshot released(Word& word);
   void publish(Word& word, bool replace, u16 place);
+  void sees(const Clock& released);
   void changed(const u32* p, Word& word);
   u32 poll(const u32* p, Word& word, u16 place, bool any);
 

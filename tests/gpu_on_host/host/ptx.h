@@ -77,8 +77,9 @@ inline u64 policy_evict_first() { return 0; }
 inline void bulk_copy(u32 dst, const void* src, u32 bytes, u32 bar, AT) { sim::bulk_copy(dst, src, bytes, bar, HERE); }
 
 inline void fence_gpu(Site site, AT) { sim::fence_gpu(site, HERE); }
-inline void red_release_add(Site site, u32* p, u32 v, AT) { sim::red_release_add(site, p, v, HERE); }
+inline void red_relaxed_add(Site site, u32* p, u32 v, AT) { sim::red_relaxed_add(site, p, v, HERE); }
 inline u32 ld_acquire(Site site, const u32* p, AT) { return sim::ld_acquire(site, p, HERE); }
+inline u32 atom_add_relaxed(Site site, u32* p, u32 v, AT) { return sim::atom_add_relaxed(site, p, v, HERE); }
 inline u32 atom_add_acq_rel(Site site, u32* p, u32 v, AT) { return sim::atom_add_acq_rel(site, p, v, HERE); }
 inline u32 ld_relaxed(const u32* p, AT) { return sim::ld_relaxed(p, HERE); }
 inline void st_relaxed(u32* p, u32 v, AT) { sim::st_relaxed(p, v, HERE); }

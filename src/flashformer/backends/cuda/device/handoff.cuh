@@ -2,8 +2,8 @@
 // waits before a phase until as many arrivals are counted as its span says.
 //
 // One counter in global memory for all blocks; it only grows and wraps around, so it is compared by signed difference.
-// Arrive: all stores of the block, consumer barrier, one thread fences and adds with release. Wait: one thread polls
-// with acquire, consumer barrier. 1 atomic and about 2 polls of 4 bytes per block and phase.
+// Arrive: all stores of the block, consumer barrier, one thread fences and adds, which is a release. Wait: one
+// thread polls with acquire, consumer barrier. 1 atomic and about 2 polls of 4 bytes per block and phase.
 #pragma once
 
 #include "abort.cuh"
@@ -29,7 +29,7 @@ inline DEVICE void arrive(Context& ctx) {
   bar_sync(Site::kPhaseBar, kConsumerBarrier, kConsumers);
   if (ctx.thread != 0) return;
   fence_gpu(Site::kHandoffFence);
-  red_release_add(Site::kHandoffArrive, ctx.launch.counter, 1);
+  red_relaxed_add(Site::kHandoffArrive, ctx.launch.counter, 1);
 }
 
 }  // namespace flashformer

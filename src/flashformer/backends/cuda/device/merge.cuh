@@ -29,8 +29,11 @@ inline DEVICE bool arrives_last(const Context& ctx) {
     const u32x2 note = ld_shared<u32x2>(ctx.at(kSmemMergeNote));
     fence_gpu(Site::kMergeFence);
     u32* counter = reinterpret_cast<u32*>(ctx.launch.work + ctx.model.merges) + note.x;
-    const bool last = atom_add_acq_rel(Site::kMergeArrive, counter, 1) + 1 == note.y;
-    if (last) st_relaxed(counter, 0);  // for the next layer
+    const bool last = atom_add_relaxed(Site::kMergeArrive, counter, 1) + 1 == note.y;
+    if (last) {
+      fence_gpu(Site::kMergeSeen);
+      st_relaxed(counter, 0);  // for the next layer
+    }
     st_shared<u32>(ctx.at(kSmemAttendLast), last);
   }
   bar_sync(Site::kMergeBar, kConsumerBarrier, kConsumers);

@@ -224,8 +224,10 @@ inline DEVICE void bulk_copy(u32 dst, const void* src, u32 bytes, u32 bar) {
 // What this thread has done and, through a barrier, learnt of, is visible to the GPU before what it does next.
 inline DEVICE void fence_gpu(Site) { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-inline DEVICE void red_release_add(Site, u32* p, u32 v) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+// Behind fence_gpu a relaxed atomic publishes what the fence covered; one with release would fence once more. In the
+// same way fence_gpu after an atomic that saw another thread's learns what that one has published.
+inline DEVICE void red_relaxed_add(Site, u32* p, u32 v) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 inline DEVICE u32 ld_acquire(Site, const u32* p) {
@@ -235,6 +237,11 @@ inline DEVICE u32 ld_acquire(Site, const u32* p) {
 }
 
 // The value before.
+inline DEVICE u32 atom_add_relaxed(Site, u32* p, u32 v) {
+  u32 old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+  return old;
+}
 inline DEVICE u32 atom_add_acq_rel(Site, u32* p, u32 v) {
   u32 old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");

@@ -35,7 +35,8 @@
   X(kPartsBar, "the parts of weighted values are in shared memory")                        \
   X(kMergeStored, "the block has stored its chunk's results")                              \
   X(kMergeFence, "thread 0: they are visible to the GPU")                                  \
-  X(kMergeArrive, "thread 0: arrives, and learns of the chunks of those before")           \
+  X(kMergeArrive, "thread 0: arrives, and sees how many have before")                      \
+  X(kMergeSeen, "thread 0 of the last block: it learns of their chunks")                   \
   X(kMergeBar, "the block learns whether it was the last")                                 \
   X(kChooseSum, "sums of each warp are in shared memory")                                  \
   X(kChooseMax, "maxima of each warp are in shared memory")                                \
