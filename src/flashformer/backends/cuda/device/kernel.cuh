@@ -40,23 +40,28 @@ inline DEVICE const Span& span_of(const Context& ctx, u32 phase) {
   return ctx.launch.schedule[phase * kWorkers + ctx.block];
 }
 
-// By one warp, while thread 0 waits for the other blocks: the records of this phase, and how long to wait for the next.
-// Nobody reads those of the phase before any more. A lane takes 16 bytes.
+// What was known of phase `phase` in the one before it: {its step, arrivals before it}, {op of the phase after it,
+// layer}.
+inline DEVICE u32 ahead_address(const Context& ctx, u32 phase) { return ctx.at(kSmemAhead + phase % 2 * 32); }
+
+// By one warp, while thread 0 waits for the other blocks: the records of this phase, how long to wait for the next, and
+// what comes after that. Nobody reads those of the phase before any more. A lane takes 16 bytes.
 inline DEVICE void copy_records(const Context& ctx) {
   constexpr u32 kOfPhase = sizeof(Phase) / 16, kOfBoth = kOfPhase + sizeof(Span) / 16;
-  static_assert(kSmemSpan == kSmemPhase + 16 * kOfPhase && kOfBoth < 32);
-  const u32 next = ctx.phase + 1;
-  if (ctx.lane > kOfBoth || (ctx.lane == kOfBoth && next == ctx.launch.n_phases)) return;
-  const u8* from = reinterpret_cast<const u8*>(ctx.launch.phases + ctx.phase) + 16 * ctx.lane;
-  u32 to = kSmemPhase + 16 * ctx.lane;
-  if (ctx.lane >= kOfPhase) {
+  static_assert(kSmemSpan == kSmemPhase + 16 * kOfPhase && kOfBoth + 1 < 32);
+  const u32 beyond = ctx.lane < kOfBoth ? 0 : ctx.lane - kOfBoth + 1;  // the phase, counted from this one
+  if (ctx.lane > kOfBoth + 1 || ctx.phase + beyond >= ctx.launch.n_phases) return;
+  const u8* from = reinterpret_cast<const u8*>(ctx.launch.phases + ctx.phase + beyond);
+  u32 to = ctx.at(kSmemPhase) + 16 * ctx.lane;
+  if (ctx.lane < kOfPhase) {
+    from += 16 * ctx.lane;
+  } else if (ctx.lane < kOfBoth) {
     from = reinterpret_cast<const u8*>(&span_of(ctx, ctx.phase)) + 16 * (ctx.lane - kOfPhase);
+  } else {
+    if (beyond == 1) from = reinterpret_cast<const u8*>(&span_of(ctx, ctx.phase + 1).step);
+    to = ahead_address(ctx, ctx.phase + 1) + 16 * (beyond - 1);
   }
-  if (ctx.lane == kOfBoth) {
-    from = reinterpret_cast<const u8*>(&span_of(ctx, next).step);
-    to = kSmemAhead + next % 2 * 16;
-  }
-  st_shared(ctx.at(to), ld_const(reinterpret_cast<const u32x4*>(from)));
+  st_shared(to, ld_const(reinterpret_cast<const u32x4*>(from)));
 }
 
 inline DEVICE void copy_model(const Launch& launch, u32 smem) {
@@ -68,7 +73,7 @@ inline DEVICE void copy_model(const Launch& launch, u32 smem) {
 // Arrivals before this phase.
 inline DEVICE u32 arrivals_before(const Context& ctx) {
   if (ctx.phase == 0) return static_cast<u32>(span_of(ctx, 0).wait);
-  return ld_shared<u32>(ctx.at(kSmemAhead + ctx.phase % 2 * 16 + 8));
+  return ld_shared<u32>(ahead_address(ctx, ctx.phase) + 8);
 }
 
 // ---- phases
@@ -126,22 +131,20 @@ inline DEVICE void forget(Context& ctx) {
   ctx.phase = opaque(ctx.phase);
 }
 
-// Old keys and values are on their way to L2 while qkv waits and multiplies.
+// Old keys and values are on their way to L2 while qkv, which is never the first phase, waits and multiplies.
 inline DEVICE void look_ahead(const Context& ctx) {
   const u32 next = ctx.phase + 1;
-  if (ctx.lane != 0 || next >= ctx.launch.n_phases) return;
-  const Phase& after = ctx.launch.phases[next];
-  if (is(after, Op::kAttend)) attend_ahead(ctx, after, span_of(ctx, next));
+  if (ctx.lane != 0 || ctx.phase == 0 || next >= ctx.launch.n_phases) return;
+  if (ld_shared<i64>(ahead_address(ctx, ctx.phase) + 16) != static_cast<i64>(Op::kAttend)) return;
+  attend_ahead(ctx, ctx.launch.phases[next], span_of(ctx, next));
 }
 
 // The walk of a consumer thread through all phases.
 inline DEVICE void consume(Context& ctx) {
   for (; ctx.phase < ctx.launch.n_phases; ++ctx.phase) {
     forget(ctx);
-    if (ctx.warp == kWarps - 1) {
-      copy_records(ctx);
-      look_ahead(ctx);
-    }
+    if (ctx.warp == kWarps - 1) copy_records(ctx);
+    if (ctx.warp == kWarps - 2) look_ahead(ctx);
     await_arrivals(ctx, ctx.thread == 0 ? arrivals_before(ctx) : 0);
     forget(ctx);
     note_time(ctx, 0);

@@ -16,14 +16,15 @@ constexpr u32 kMaxRows = 16;
 
 // Records in use are copied to the end of shared memory: of the L1 cache nothing is left after an acquire, so their
 // first use in every phase would be a way to L2 and back, one after another.
-constexpr u32 kSmemRecords = kSmemSmall + kSmallBytes - 768;
+constexpr u32 kSmemRecords = kSmemSmall + kSmallBytes - 784;
 constexpr u32 kSmemModel = kSmemRecords;      // Model,
 constexpr u32 kSmemPhase = kSmemModel + 288;  // Phase and
 constexpr u32 kSmemSpan = kSmemPhase + 336;   // Span of the phase that is executed,
-constexpr u32 kSmemAhead = kSmemSpan + 32;    // second half of the Span of the next one, in turns of two,
-constexpr u32 kSmemTokens = kSmemAhead + 32;  // (kMaxRows) i32, the rows' tokens; -1 where there is none to go on with
+constexpr u32 kSmemAhead = kSmemSpan + 32;    // second half of the Span of the next one and first 16 bytes of the Phase
+                                              // after that, in turns of two,
+constexpr u32 kSmemTokens = kSmemAhead + 64;  // (kMaxRows) i32, the rows' tokens; -1 where there is none to go on with
 static_assert(sizeof(Model) <= 288 && sizeof(Phase) == 336 && sizeof(Span) == 32 && kSmemPhase % 16 == 0);
-static_assert(kSmemTokens + 4 * kMaxRows <= kSmemSmall + kSmallBytes);
+static_assert(kSmemTokens + 4 * kMaxRows == kSmemSmall + kSmallBytes);
 
 constexpr f32 kLargestF32 = 3.402823466e+38f;
 

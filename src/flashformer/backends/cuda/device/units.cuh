@@ -118,17 +118,20 @@ inline DEVICE Column column_at(const Context& ctx, const Heads& heads, const Uni
 }
 
 // Brings what the units of a span will read of earlier forwards' keys and values to the L2 cache: whole chunks of which
-// some are known and the group's first row sees some. By one lane, at any time in the launch before `attend`.
+// some are known and the group's first row sees some. By one lane, at any time in the launch before `attend`. The
+// records may be in global memory: each field is read once.
 inline DEVICE void attend_ahead(const Context& ctx, const Phase& phase, const Span& span) {
   const Heads heads = heads_of(phase);
-  each_unit(ctx, phase, span, [&](u32 index) {
+  const Span units = span;
+  const u8 *keys = ctx.launch.kv + phase.keys, *values = ctx.launch.kv + phase.values;
+  each_unit(ctx, phase, units, [&](u32 index) {
     const Place place = place_of(ctx, heads, index);
     const u32 pos = static_cast<u32>(ctx.launch.group_pos[place.group]), first_key = place.chunk * kChunk;
     const u32 known = in_chunk(pos, first_key);
     if (known == 0 || heads.first_visible(pos) >= first_key + kChunk) return;
     const u64 at = place.elements(ctx);
-    prefetch_l2_bulk(ctx.launch.kv + phase.keys + 2 * at, (known + 15) / 16 * 16 * kHeadDimPadded * 2);
-    prefetch_l2_bulk(ctx.launch.kv + phase.values + 2 * at, kChunk * kHeadDimPadded * 2);
+    prefetch_l2_bulk(keys + 2 * at, (known + 15) / 16 * 16 * kHeadDimPadded * 2);
+    prefetch_l2_bulk(values + 2 * at, kChunk * kHeadDimPadded * 2);
   });
 }
 
