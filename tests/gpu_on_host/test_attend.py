@@ -101,6 +101,14 @@ def test_more_columns_than_memory_holds() -> None:
     assert attention.kernel.simulator.counts()["kQueryBar"] > 2 * 256, "one pass was enough: ask for more columns"
 
 
+def test_many_chunks_are_merged_in_turns() -> None:
+    case = Case(head_dim=80, n_heads=4, n_kv_heads=2, ctx=4608, streams=1, n_workers=3)
+    pos = 17 * 256 - 1  # the second row sees a chunk more than the first
+    attention = Attention(case, [pos])
+    assert attention.run([Group(0, pos, 2)]) == ""
+    attention.check([Group(0, pos, 2)], attention.result([Group(0, pos, 2)]))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("what", ["query", "key"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -132,6 +140,7 @@ UNORDERED = {
     "kMergeFence": "Missing: fence_gpu",
     "kMergeArrive": "Missing: release",
     "kMergeSeen": "unordered accesses to work",
+    "kMergeWarp": "between the lanes of the warp",
     "kMergeBar": "unordered accesses to shared",
 }
 

@@ -64,6 +64,7 @@ KINDS: dict[str, Kinds] = {
     "kMergeFence": (f"{WORK}.* at merge.cuh",) * 2,
     "kMergeArrive": (f"{WORK}.* at merge.cuh",) * 2,
     "kMergeSeen": (f"{WORK}.* at merge.cuh",) * 2,
+    "kMergeWarp": ("between the lanes of the warp",) * 2,
     "kMergeBar": shared("merge.cuh"),
     "kChooseSum": shared("choose.cuh"),
     "kChooseMax": shared("choose.cuh"),

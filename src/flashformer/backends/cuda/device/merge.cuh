@@ -2,8 +2,8 @@
 // position order, into the row's first chunk, normalised.
 //
 // PARTIAL: values (rows, n_heads_max, chunks, partial_stride) f32, behind them (rows, n_heads_max, chunks, 2) maximum
-// and sum. A thread takes an element of a (row, head) at a time; bytes: 4 (dim + 2) per (row, head, chunk). Arrivals
-// are counted at Model.merges, (streams, n_kv_heads) i32, which are 0 between phases.
+// and sum. A warp takes 64 elements of a (row, head) at a time; bytes: 4 (dim + 4) per (row, head, chunk). Arrivals are
+// counted at Model.merges, (streams, n_kv_heads) i32, which are 0 between phases.
 #pragma once
 
 #include "units.cuh"
@@ -40,49 +40,62 @@ inline DEVICE bool arrives_last(const Context& ctx) {
   return ld_shared<u32>(ctx.at(kSmemAttendLast)) != 0;
 }
 
-// Element d of one (row, head): n chunks from result `partial` on, rescaled to their common maximum, in position order.
-inline DEVICE f32 merged(const Launch& launch, i64 partial, u32 n, u32 d, u32 stride) {
-  const f32x2* sums = reinterpret_cast<const f32x2*>(launch.partial_sums(partial));
-  constexpr u32 kAtOnce = 4;  // chunks whose loads are in flight together
-  const f32* values = launch.partial_values(partial) + d;
-  f32 most = -kLargestF32, value = 0.0f, total = 0.0f;
+constexpr u32 kMergePiece = 64;  // elements of a head that a warp takes, two a lane
+constexpr u32 kMergePieces = (kHeadDimPadded + kMergePiece - 1) / kMergePiece;
+constexpr u32 kMergeChunks = 8;  // whose loads are in flight together
+// What they weigh, {weight, weight * sum} f32 for every warp, in turns of two, where scores were. The next unit's
+// scores come after its kQueryBar.
+constexpr u32 kSmemMergeWeights = kSmemX, kMergeWeightBytes = 8 * kMergeChunks;
+static_assert(kSmemMergeWeights + 2 * u32{kWarps} * kMergeWeightBytes <= kSmemSmall);
+
+// Elements d and d + 1 of one (row, head): n chunks from result `partial` on, rescaled to their common maximum and
+// added in position order. By a warp: what chunks weigh is worked out by a lane each. `turn`: batches of chunks before,
+// of this warp.
+inline DEVICE f32x2 merged(const Context& ctx, i64 partial, u32 n, u32 d, u32& turn) {
+  const f32x2* sums = reinterpret_cast<const f32x2*>(ctx.launch.partial_sums(partial));
+  const f32* values = ctx.launch.partial_values(partial) + d;
+  f32 most = -kLargestF32, total = 0.0f;
+  f32x2 value = {0.0f, 0.0f};
   UNROLL(1)
-  for (u32 first = 0; first < n; first += kAtOnce) {
-    f32 of[kAtOnce];
-    for (u32 i = 0; i < kAtOnce; ++i) of[i] = first + i < n ? ld_global<f32x2>(sums + first + i).x : most;
-    for (u32 i = 0; i < kAtOnce; ++i) most = max_of(of[i], most);
-  }
+  for (u32 c = ctx.lane; c < n; c += 32) most = max_of(ld_global<f32x2>(sums + c).x, most);
+  most = warp_max(most);
   UNROLL(1)
-  for (u32 first = 0; first < n; first += kAtOnce) {
-    f32x2 chunk[kAtOnce];
-    f32 part[kAtOnce];
-    for (u32 i = 0; i < kAtOnce; ++i) {
-      const u32 c = first + i < n ? first + i : n - 1;
-      chunk[i] = ld_global<f32x2>(sums + c);
-      part[i] = ld_global<f32>(values + c * stride);
+  for (u32 first = 0; first < n; first += kMergeChunks, values += kMergeChunks * kHeadDimPadded, ++turn) {
+    const u32 left = n - first, mine = ctx.lane < left ? ctx.lane : 0;  // chunks beyond are the first one, and weigh 0
+    const f32x2 sum = ld_global<f32x2>(sums + first + mine);
+    f32x2 part[kMergeChunks];
+    for (u32 i = 0; i < kMergeChunks; ++i) {
+      const u32 at = i < left ? i * kHeadDimPadded : 0;
+      part[i] = ld_global<f32x2>(reinterpret_cast<const f32x2*>(values + at));
     }
-    for (u32 i = 0; i < kAtOnce; ++i) {
-      const f32 weight = first + i < n ? exp_f32(chunk[i].x - most) : 0.0f;
-      total += first + i < n ? weight * chunk[i].y : 0.0f;
-      value = first + i < n ? fma_f32(weight, part[i], value) : value;
+    const f32 weight = ctx.lane < left ? exp_f32(sum.x - most) : 0.0f;
+    const u32 weights = ctx.at(kSmemMergeWeights) + (ctx.warp * 2 + turn % 2) * kMergeWeightBytes;
+    if (ctx.lane < kMergeChunks) st_shared<f32x2>(weights + 8 * ctx.lane, {weight, weight * sum.y});
+    warp_sync(Site::kMergeWarp);
+    for (u32 i = 0; i < kMergeChunks; ++i) {
+      const f32x2 by = ld_shared<f32x2>(weights + 8 * i);
+      total += by.y;
+      value = {fma_f32(by.x, part[i].x, value.x), fma_f32(by.x, part[i].y, value.y)};
     }
   }
-  return value * (1.0f / total);
+  const f32 factor = 1.0f / total;
+  return {value.x * factor, value.y * factor};
 }
 
 inline DEVICE void merge(const Context& ctx, const Heads& heads) {
   const u32x2 of_unit = ld_shared<u32x2>(ctx.at(kSmemMergeNote) + 8),
               rows = ld_shared<u32x2>(ctx.at(kSmemMergeNote) + 16);
   const u32 kv_head = of_unit.x, first_pos = of_unit.y, first_row = rows.x, n_rows = rows.y;
+  u32 turn = 0;
   UNROLL(1)
-  for (u32 i = ctx.thread; i < n_rows * heads.per_kv * heads.dim; i += kConsumers) {
-    const u32 column = i / heads.dim, d = i % heads.dim, place = column / heads.per_kv;
+  for (u32 i = ctx.warp; i < n_rows * heads.per_kv * kMergePieces; i += kConsumers / 32) {
+    const u32 column = i / kMergePieces, mine = i % kMergePieces * kMergePiece + 2 * ctx.lane;
+    const u32 d = mine < heads.dim ? mine : heads.dim - 2;  // the last lanes repeat the last two
+    const u32 place = column / heads.per_kv, head = kv_head * heads.per_kv + column % heads.per_kv;
     const u32 pos = first_pos + place, first = heads.first_visible(pos) / kChunk;
-    const u32 head = kv_head * heads.per_kv + column % heads.per_kv;
     const i64 partial = ctx.launch.partial_index(first_row + place, head) + first;
-    const f32 value =
-        merged(ctx.launch, partial, pos / kChunk + 1 - first, d, static_cast<u32>(ctx.model.partial_stride));
-    st_global<f32>(ctx.launch.partial_values(partial) + d, value);
+    const f32x2 both = merged(ctx, partial, pos / kChunk + 1 - first, d, turn);
+    if (d == mine) st_global<f32x2>(reinterpret_cast<f32x2*>(ctx.launch.partial_values(partial) + d), both);
   }
 }
 

@@ -38,6 +38,7 @@
   X(kMergeArrive, "thread 0: arrives, and sees how many have before")                      \
   X(kMergeSeen, "thread 0 of the last block: it learns of their chunks")                   \
   X(kMergeBar, "the block learns whether it was the last")                                 \
+  X(kMergeWarp, "all lanes have the weights of chunks, and values that are overwritten")   \
   X(kChooseSum, "sums of each warp are in shared memory")                                  \
   X(kChooseMax, "maxima of each warp are in shared memory")                                \
   X(kChooseBest, "the best token of each warp is in shared memory")                        \
