@@ -38,7 +38,7 @@ extern "C" void ff_thread(const void* argument, u32 smem) {
   const Phase& phase = launch.phases[launch.base];
   const Span& span = launch.schedule[launch.base * kWorkers + block_index()];
   const Op op = static_cast<Op>(phase.op);
-  if (op == Op::kAttend && ctx.thread == 0) attend_ahead(ctx, phase, span);
+  if (op == Op::kAttend && ctx.thread == 0) attend_ahead(launch, phase, span);
   if (ctx.warp == 0) copy_tokens(launch, smem, ctx.lane);
   bar_sync(Site::kInitBar, 0, kConsumers);
   op == Op::kEmbed ? embed(ctx, phase, span) : op == Op::kSample ? sample(ctx, phase, span) : attend(ctx, phase, span);

@@ -343,8 +343,12 @@ inline DEVICE void attend_columns(const Context& ctx, const Phase& phase, const 
 
 inline DEVICE void attend(Context& ctx, const Phase& phase, const Span& span) {
   qk_factors(ctx, phase, heads_of(phase));
-  each_unit(ctx, phase, span, [&](u32 index) {
+  const u32 units = units_end(ctx, phase, span), step = static_cast<u32>(span.step);
+  UNROLL(1)
+  for (u32 index = static_cast<u32>(span.begin); index < units; index += step) {
     const Heads heads = heads_of(phase);
+    const u32 later = index + kUnitsAhead * step;
+    if (ctx.thread == kConsumers - 1 && later < units) unit_ahead(ctx.launch, phase, later);
     const Unit u = unit_at(ctx, phase, heads, index);
     const u32 columns = (u.row_end - u.row_begin) * heads.per_kv;
     // Passes and units need no barrier between them: shared memory that one reads last the next one writes after
@@ -354,10 +358,9 @@ inline DEVICE void attend(Context& ctx, const Phase& phase, const Span& span) {
       const u32 left = columns - first;
       attend_columns(ctx, phase, heads, u, first, left < kAttendColumns ? left : kAttendColumns);
     }
-    if (columns == 0 || u.n_chunks == 1) return;
-    const Heads again = heads_of(phase);  // kept in registers it would spill
-    if (arrives_last(ctx)) merge(ctx, again);
-  });
+    if (columns == 0 || u.n_chunks == 1) continue;
+    if (arrives_last(ctx)) merge(ctx, phase);
+  }
 }
 
 }  // namespace flashformer

@@ -136,7 +136,7 @@ inline DEVICE void look_ahead(const Context& ctx) {
   const u32 next = ctx.phase + 1;
   if (ctx.lane != 0 || ctx.phase == 0 || next >= ctx.launch.n_phases) return;
   if (ld_shared<i64>(ahead_address(ctx, ctx.phase) + 16) != static_cast<i64>(Op::kAttend)) return;
-  attend_ahead(ctx, ctx.launch.phases[next], span_of(ctx, next));
+  attend_ahead(ctx.launch, ctx.launch.phases[next], span_of(ctx, next));
 }
 
 // The walk of a consumer thread through all phases.

@@ -11,14 +11,15 @@
 namespace flashformer {
 
 // What merging needs to know of the unit, so that nobody has to keep it in registers: which of the merge counters is
-// its own, chunks that the group sees, kv head, position of the group's first row, that row, rows of the group. Stored
-// by one thread after the unit's kQueryBar, which all threads pass after they have merged the unit before.
-constexpr u32 kSmemMergeNote = (kSmemAttendLast + 16) / 16 * 16;  // 6 u32
-static_assert(kSmemMergeNote + 24 <= kSmemRecords);
+// its own, chunks that the group sees, kv head, position of the group's first row, that row, rows of the group, query
+// heads of a kv head. Stored by one thread after the unit's kQueryBar, which all threads pass after they have merged
+// the unit before.
+constexpr u32 kSmemMergeNote = (kSmemAttendLast + 16) / 16 * 16;  // 8 u32
+static_assert(kSmemMergeNote + 32 <= kSmemRecords);
 
 inline DEVICE void note_unit(const Context& ctx, const Unit& u, const Heads& heads) {
   st_shared<u32x4>(ctx.at(kSmemMergeNote), {u.group * heads.n_kv + u.kv_head, u.n_chunks, u.kv_head, u.first_pos});
-  st_shared<u32x2>(ctx.at(kSmemMergeNote) + 16, {u.first_row, u.n_rows});
+  st_shared<u32x4>(ctx.at(kSmemMergeNote) + 16, {u.first_row, u.n_rows, heads.per_kv, 0});
 }
 
 // Whether this block is the last of those that attend to chunks of the unit's group and kv head; it then sees what the
@@ -82,16 +83,17 @@ inline DEVICE f32x2 merged(const Context& ctx, i64 partial, u32 n, u32 d, u32& t
   return {value.x * factor, value.y * factor};
 }
 
-inline DEVICE void merge(const Context& ctx, const Heads& heads) {
-  const u32x2 of_unit = ld_shared<u32x2>(ctx.at(kSmemMergeNote) + 8),
-              rows = ld_shared<u32x2>(ctx.at(kSmemMergeNote) + 16);
-  const u32 kv_head = of_unit.x, first_pos = of_unit.y, first_row = rows.x, n_rows = rows.y;
+inline DEVICE void merge(const Context& ctx, const Phase& phase) {
+  const Heads heads = heads_of(phase);
+  const u32x2 of_unit = ld_shared<u32x2>(ctx.at(kSmemMergeNote) + 8);
+  const u32x4 rows = ld_shared<u32x4>(ctx.at(kSmemMergeNote) + 16);
+  const u32 kv_head = of_unit.x, first_pos = of_unit.y, first_row = rows.x, n_rows = rows.y, per_kv = rows.z;
   u32 turn = 0;
   UNROLL(1)
-  for (u32 i = ctx.warp; i < n_rows * heads.per_kv * kMergePieces; i += kConsumers / 32) {
+  for (u32 i = ctx.warp; i < n_rows * per_kv * kMergePieces; i += kConsumers / 32) {
     const u32 column = i / kMergePieces, mine = i % kMergePieces * kMergePiece + 2 * ctx.lane;
     const u32 d = mine < heads.dim ? mine : heads.dim - 2;  // the last lanes repeat the last two
-    const u32 place = column / heads.per_kv, head = kv_head * heads.per_kv + column % heads.per_kv;
+    const u32 place = column / per_kv, head = kv_head * per_kv + column % per_kv;
     const u32 pos = first_pos + place, first = heads.first_visible(pos) / kChunk;
     const i64 partial = ctx.launch.partial_index(first_row + place, head) + first;
     const f32x2 both = merged(ctx, partial, pos / kChunk + 1 - first, d, turn);

@@ -49,21 +49,20 @@ struct Place {
   u32 group, kv_head, chunk, cache;  // `cache`: of the (slot, kv head)
 
   // Where the chunk's keys begin, and its values: of as many elements each.
-  DEVICE u64 elements(const Context& ctx) const {
-    const u32 key = cache * static_cast<u32>(ctx.model.ctx_padded) + chunk * kChunk;
-    return static_cast<u64>(key) * kHeadDimPadded;
+  DEVICE u64 elements(u32 ctx_padded) const {
+    return static_cast<u64>(cache * ctx_padded + chunk * kChunk) * kHeadDimPadded;
   }
 };
-inline DEVICE Place place_of(const Context& ctx, const Heads& heads, u32 index) {
-  const u32 pair = index / heads.n_kv, kv_head = index - pair * heads.n_kv;
-  const u32 chunk = pair / ctx.launch.n_groups, group = pair - chunk * ctx.launch.n_groups;
-  return {group, kv_head, chunk, static_cast<u32>(ctx.launch.group_slot[group]) * heads.n_kv + kv_head};
+inline DEVICE Place place_of(const Launch& launch, u32 n_kv, u32 index) {
+  const u32 pair = index / n_kv, kv_head = index - pair * n_kv;
+  const u32 chunk = pair / launch.n_groups, group = pair - chunk * launch.n_groups;
+  return {group, kv_head, chunk, static_cast<u32>(launch.group_slot[group]) * n_kv + kv_head};
 }
 
 // row_begin == row_end where nobody sees the chunk.
 inline DEVICE Unit unit_at(const Context& ctx, const Phase& phase, const Heads& heads, u32 index) {
   const Launch& launch = ctx.launch;
-  const Place place = place_of(ctx, heads, index);
+  const Place place = place_of(launch, heads.n_kv, index);
   Unit u;
   u.kv_head = place.kv_head;
   u.group = place.group;
@@ -80,15 +79,14 @@ inline DEVICE Unit unit_at(const Context& ctx, const Phase& phase, const Heads& 
   u.begin = in_chunk(heads.first_visible(u.first_pos + begin), u.first_key());
   u.end = in_chunk(u.first_pos + end, u.first_key());
   u.n_chunks = (u.first_pos + u.n_rows - 1) / kChunk + 1 - heads.first_visible(u.first_pos) / kChunk;
-  const u64 elements = place.elements(ctx);
+  const u64 elements = place.elements(static_cast<u32>(ctx.model.ctx_padded));
   u.keys = reinterpret_cast<u16*>(launch.kv + phase.keys) + elements;
   u.values = reinterpret_cast<u16*>(launch.kv + phase.values) + elements;
   return u;
 }
 
-// work(index) of the units of a span, up to the last that some row sees.
-template <class Work>
-inline DEVICE void each_unit(const Context& ctx, const Phase& phase, const Span& span, Work work) {
+// Where the units of a span end that some row sees.
+inline DEVICE u32 units_end(const Context& ctx, const Phase& phase, const Span& span) {
   const Launch& launch = ctx.launch;
   u32 chunks = 0;
   UNROLL(1)
@@ -98,9 +96,7 @@ inline DEVICE void each_unit(const Context& ctx, const Phase& phase, const Span&
     chunks = seen > chunks ? seen : chunks;
   }
   const u32 all = chunks * launch.n_groups * static_cast<u32>(phase.n_kv_heads);
-  const u32 end = span.end < all ? static_cast<u32>(span.end) : all;
-  UNROLL(1)
-  for (u32 index = static_cast<u32>(span.begin); index < end; index += static_cast<u32>(span.step)) work(index);
+  return span.end < all ? static_cast<u32>(span.end) : all;
 }
 
 // What a column is: a head of a row, the keys of the chunk that it sees, where its result goes.
@@ -117,22 +113,30 @@ inline DEVICE Column column_at(const Context& ctx, const Heads& heads, const Uni
           ctx.launch.partial_index(row, head) + u.chunk};
 }
 
-// Brings what the units of a span will read of earlier forwards' keys and values to the L2 cache: whole chunks of which
-// some are known and the group's first row sees some. By one lane, at any time in the launch before `attend`. The
-// records may be in global memory: each field is read once.
-inline DEVICE void attend_ahead(const Context& ctx, const Phase& phase, const Span& span) {
-  const Heads heads = heads_of(phase);
-  const Span units = span;
-  const u8 *keys = ctx.launch.kv + phase.keys, *values = ctx.launch.kv + phase.values;
-  each_unit(ctx, phase, units, [&](u32 index) {
-    const Place place = place_of(ctx, heads, index);
-    const u32 pos = static_cast<u32>(ctx.launch.group_pos[place.group]), first_key = place.chunk * kChunk;
-    const u32 known = in_chunk(pos, first_key);
-    if (known == 0 || heads.first_visible(pos) >= first_key + kChunk) return;
-    const u64 at = place.elements(ctx);
-    prefetch_l2_bulk(keys + 2 * at, (known + 15) / 16 * 16 * kHeadDimPadded * 2);
-    prefetch_l2_bulk(values + 2 * at, kChunk * kHeadDimPadded * 2);
-  });
+// Units that a block looks ahead: 192 KiB at most, so that those of all blocks stay in L2 until they are used.
+constexpr u32 kUnitBytes = 2 * kChunk * kHeadDimPadded * 2;
+constexpr u32 kUnitsAhead = kUnitBytes < 196608 ? 196608 / kUnitBytes : 1;
+
+// Brings what a unit will read of earlier forwards' keys and values to the L2 cache: a whole chunk of which some is
+// known and the group's first row sees some. By one lane, at any time in the launch before the unit. Once per unit, so
+// one copy.
+inline COLD void unit_ahead(const Launch& launch, const Phase& phase, u32 index) {
+  const u32 n_kv = static_cast<u32>(phase.n_kv_heads), ctx_padded = static_cast<u32>(launch.records().ctx_padded);
+  const Place place = place_of(launch, n_kv, index);
+  const u32 pos = static_cast<u32>(launch.group_pos[place.group]), first_key = place.chunk * kChunk;
+  const u32 known = in_chunk(pos, first_key);
+  const i32 first_visible = static_cast<i32>(pos) - static_cast<i32>(phase.window) + 1;
+  if (known == 0 || first_visible >= static_cast<i32>(first_key + kChunk)) return;
+  const u64 at = place.elements(ctx_padded);
+  prefetch_l2_bulk(launch.kv + phase.keys + 2 * at, (known + 15) / 16 * 16 * kHeadDimPadded * 2);
+  prefetch_l2_bulk(launch.kv + phase.values + 2 * at, kChunk * kHeadDimPadded * 2);
+}
+
+// The first units of a span; nothing is known of chunks that nobody sees.
+inline DEVICE void attend_ahead(const Launch& launch, const Phase& phase, const Span& span) {
+  const u32 begin = static_cast<u32>(span.begin), end = static_cast<u32>(span.end), step = static_cast<u32>(span.step);
+  UNROLL(1)
+  for (u32 i = 0, index = begin; i < kUnitsAhead && index < end; ++i, index += step) unit_ahead(launch, phase, index);
 }
 
 }  // namespace flashformer
