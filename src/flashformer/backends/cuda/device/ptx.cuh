@@ -20,7 +20,7 @@ inline DEVICE u32 lane_index() { return threadIdx.x % 32; }
 inline DEVICE u32 block_index() { return blockIdx.x; }
 inline DEVICE u32 n_blocks() { return gridDim.x; }
 
-extern __shared__ u8 dynamic_shared[];
+alignas(1024) extern __shared__ u8 dynamic_shared[];  // records are read from it by loads of 16 bytes
 
 // Where the block's dynamic shared memory begins.
 inline DEVICE u32 shared_base() { return static_cast<u32>(__cvta_generic_to_shared(dynamic_shared)); }
