@@ -75,10 +75,11 @@ inline DEVICE void append_and_take(const Context& ctx, const Phase& phase, const
     const u32 head = is_value ? heads.n + heads.n_kv + u.kv_head
                      : is_new ? heads.n + u.kv_head
                               : u.kv_head * heads.per_kv + column % heads.per_kv;
+    const Turn turn = is_value ? Turn{} : load_turn(ctx, phase, heads, row);  // on its way beside the head
     Head h = load_head(ctx, heads, row, head);
     if (!is_value) {
       norm_head(ctx, phase, heads, row, head, h);
-      rotate_head(ctx, phase, heads, row, h);
+      rotate_head(ctx, heads, turn, h);
     }
     const u32 key = u.pos_of(row) % kChunk;
     put_head(ctx, heads, h, [&](u32 d, u16 bits) {

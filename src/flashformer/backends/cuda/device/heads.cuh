@@ -125,16 +125,29 @@ inline DEVICE void norm_head(const Context& ctx, const Phase& phase, const Heads
   }
 }
 
-// By the table (ctx, 2, rotary_dim / 2) f32 of cosines and sines.
-inline DEVICE void rotate_head(const Context& ctx, const Phase& phase, const Heads& heads, u32 r, Head& h) {
+// What row r's position rotates this lane's pairs by, of the table (ctx, 2, rotary_dim / 2) f32 of cosines and sines.
+struct Turn {
+  f32 cosine[kPairs] = {}, sine[kPairs] = {};
+};
+inline DEVICE Turn load_turn(const Context& ctx, const Phase& phase, const Heads& heads, u32 r) {
   const u32 half = heads.half;
-  if (half == 0) return;
+  Turn turn;
+  if (half == 0) return turn;
   const f32* cos = ctx.launch.rope(phase.rope) + static_cast<u32>(ctx.launch.pos[r]) * 2 * half;
   UNROLL(kPairs)
   for (u32 j = 0; j < kPairs; ++j) {
     const u32 p = ctx.lane + 32 * j;
     if (p >= half) continue;
-    const f32 c = ld_const<f32>(cos + p), s = ld_const<f32>(cos + half + p), x = h.x[j], y = h.y[j];
+    turn.cosine[j] = ld_const<f32>(cos + p);
+    turn.sine[j] = ld_const<f32>(cos + half + p);
+  }
+  return turn;
+}
+inline DEVICE void rotate_head(const Context& ctx, const Heads& heads, const Turn& turn, Head& h) {
+  UNROLL(kPairs)
+  for (u32 j = 0; j < kPairs; ++j) {
+    if (ctx.lane + 32 * j >= heads.half) continue;
+    const f32 c = turn.cosine[j], s = turn.sine[j], x = h.x[j], y = h.y[j];
     h.x[j] = x * c - y * s;
     h.y[j] = y * c + x * s;
   }
