@@ -59,7 +59,8 @@ inline DEVICE f32x2 merged(const Context& ctx, i64 partial, u32 n, u32 d, u32& t
   f32x2 value = {0.0f, 0.0f};
   UNROLL(1)
   for (u32 c = ctx.lane; c < n; c += 32) most = max_of(ld_global<f32x2>(sums + c).x, most);
-  most = warp_max(most);
+  UNROLL(1)  // laid out, shuffles are much code
+  for (u32 mask = 16; mask; mask /= 2) most = max_of(shfl_xor_f32(most, mask), most);
   UNROLL(1)
   for (u32 first = 0; first < n; first += kMergeChunks, values += kMergeChunks * kHeadDimPadded, ++turn) {
     const u32 left = n - first, mine = ctx.lane < left ? ctx.lane : 0;  // chunks beyond are the first one, and weigh 0
