@@ -291,3 +291,20 @@ def test_logits_that_are_not_finite_are_reported() -> None:
     forward.buffer["residual"][:2] = whole(rng, 2, 64)
     assert forward.run() == ""
     np.testing.assert_array_equal(forward.report[8:], 2 + 6)
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int8-g64"])
+def test_the_kernel_for_one_row_gives_the_bits_of_the_others(fmt: str) -> None:
+    """down of three slices, then qkv of its result: two slices behind a norm."""
+    d, d_ff, results = 2080, 4200, []
+    for n_rows in (1, 8):
+        rng = np.random.default_rng(4)
+        down, qkv = random_matrix(rng, fmt, d, d_ff, 2), random_matrix(rng, fmt, 40, d, 2)
+        steps = [Step(Op.DOWN, down), Step(Op.QKV, qkv, norm=rng.normal(size=d).astype(np.float32))]
+        forward = Forward(Shape(1, d, d_ff=d_ff, qkv=40), steps, 2, n_rows=n_rows, more_tiles=64)
+        forward.buffer["residual"][0, :d] = rng.normal(size=d)
+        forward.buffer["hidden"][0, :d_ff] = rng.normal(size=d_ff)
+        assert forward.run() == ""
+        results.append(np.concatenate([forward.buffer["residual"][0, :d], forward.buffer["qkv"][0, :40]]))
+    assert np.isfinite(results[0]).all()
+    np.testing.assert_array_equal(*results)

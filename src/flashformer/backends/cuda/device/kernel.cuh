@@ -8,7 +8,7 @@
 //   3  Thread 0 polls the counter of arrivals until what qkv needs is counted; the others wait at a barrier
 //      (handoff.cuh). Meanwhile warp 7 copies the records of the phase to shared memory.
 //   4  qkv: all 256 threads read the residual (8 KB), add up its squares and make the factor of the norm; then they
-//      read it again and put factor * x * weight, rounded to bf16, into shared memory (stage.cuh).
+//      put factor * x * weight, rounded to bf16, into shared memory (row.cuh; several rows are read twice, stage.cuh).
 //   5  For every tile of the block (16 outputs x 2048 k, 64 KB, 4 slots): each warp waits for the slot, multiplies its
 //      units by tensor cores into 16 x 8 sums in registers and gives the slot back (product.cuh, weights.cuh).
 //   6  The warps store their sums, meet, and 16 threads add the eight of them in order, add the bias and store the

@@ -12,6 +12,7 @@
 
 #include "epilogue.cuh"
 #include "ring.cuh"
+#include "row.cuh"
 #include "weights.cuh"
 
 namespace flashformer {
@@ -129,18 +130,44 @@ inline DEVICE void multiply_tiles(Context& ctx, const Phase& phase, const Span& 
   }
 }
 
+// All slices of the only row.
+inline DEVICE void product_of_row(Context& ctx, const Phase& phase, const Span& span, Epilogue& epilogue) {
+  const u32 n_slices = static_cast<u32>(phase.n_slices);
+  RowSlice row(ctx, phase, 0);
+  const f32 factor = row_factor(ctx, phase, row);
+  u32 tiles = 0;
+  UNROLL(1)
+  for (u32 s = 0; s < n_slices; ++s) {
+    row.norm.of_row = factor;
+    row.put(ctx, phase, s * u32{kSliceK});
+    if (s + 1 < n_slices) row = RowSlice(ctx, phase, (s + 1) * u32{kSliceK});
+    multiply_tiles(ctx, phase, span, epilogue, 1, {s, n_slices, units_in_slice(phase, s)}, tiles);
+  }
+}
+
+// All slices of all rows.
+inline DEVICE void product_of_rows(Context& ctx, const Phase& phase, const Span& span, Epilogue& epilogue,
+                                   u32 columns) {
+  const u32 n_slices = static_cast<u32>(phase.n_slices);
+  prepare_norms(ctx, phase, columns);
+  u32 tiles = 0;
+  UNROLL(1)
+  for (u32 s = 0; s < n_slices; ++s) {
+    const Slice slice = {s, n_slices, units_in_slice(phase, s)};
+    stage_slice(ctx, phase, columns, s * u32{kSliceK});
+    multiply_tiles(ctx, phase, span, epilogue, columns, slice, tiles);
+  }
+}
+
 // The phases qkv, o_proj, gate_up, down and lm_head; span: tiles.
 inline DEVICE void product(Context& ctx, const Phase& phase, const Span& span) {
-  const u32 columns = column_count(ctx, phase), n_slices = static_cast<u32>(phase.n_slices);
+  const u32 columns = column_count(ctx, phase);
   Epilogue epilogue(ctx, phase, columns);
   if (span.begin < span.end) {
-    prepare_norms(ctx, phase, columns);
-    u32 tiles = 0;
-    UNROLL(1)
-    for (u32 s = 0; s < n_slices; ++s) {
-      const Slice slice = {s, n_slices, units_in_slice(phase, s)};
-      stage_slice(ctx, phase, columns, s * u32{kSliceK});
-      multiply_tiles(ctx, phase, span, epilogue, columns, slice, tiles);
+    if constexpr (kOneRow) {
+      product_of_row(ctx, phase, span, epilogue);
+    } else {
+      product_of_rows(ctx, phase, span, epilogue, columns);
     }
   }
   epilogue.end();

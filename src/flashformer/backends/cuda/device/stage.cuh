@@ -18,8 +18,9 @@
 namespace flashformer {
 
 constexpr u32 kRowsAtOnce = kRows < 4 ? kRows : 4;  // rows whose loads are in flight together
-constexpr u32 kStep = 4 * kConsumers;               // elements between two of a thread's four
-constexpr u32 kSteps = u32{kSliceK} / kStep;        // of a slice
+constexpr bool kOneRow = kRows == 1 && kUsesFolds == 0;
+constexpr u32 kStep = 4 * kConsumers;         // elements between two of a thread's four
+constexpr u32 kSteps = u32{kSliceK} / kStep;  // of a slice
 static_assert(kSliceK % kStep == 0 && kSliceK * 2 <= kXStride && kXStride % 16 == 0 && kRows <= kMaxRows);
 static_assert(kWarps * 32 == kConsumers);
 
@@ -225,6 +226,7 @@ struct Input {
 struct Norm {
   Residual residual;
   f32x4 weight[kSteps];
+  f32 of_row = 1.0f;  // the factor, if kOneRow
   bool folds, normed;
 
   DEVICE Norm(const Context& ctx, const Phase& phase, u32 begin) : residual(ctx, phase) {
@@ -239,6 +241,7 @@ struct Norm {
     }
   }
   DEVICE f32 factor(const Context& ctx, u32 column) const {
+    if constexpr (kOneRow) return of_row;
     return normed ? ld_shared<f32>(ctx.at(kSmemFactors) + 4 * column) : 1.0f;
   }
   DEVICE f32x4 apply(const Context& ctx, const f32x4& x, f32 factor, u32 column, u32 row, u32 k, u32 step) const {
@@ -300,11 +303,36 @@ inline DEVICE u32x2 rounded(const f32x4& v, bool bf16) {
   return {cvt_f16x2(v.x, v.y), cvt_f16x2(v.z, v.w)};
 }
 
+// Columns [first, first + kRowsAtOnce) of a slice from element `begin` on: what was loaded of them is normed, cut off
+// at phase.k, rounded and put into shared memory. `row`: where they begin.
+inline DEVICE void put_columns(const Context& ctx, const Phase& phase, const Norm& norm, u32 columns, u32 begin,
+                               u32 first, const u32 (&row)[kRowsAtOnce], f32x4 (&v)[kRowsAtOnce][kSteps]) {
+  const bool bf16 = takes_bf16(phase);
+  const u32 end = static_cast<u32>(phase.k), mine = begin + 4 * ctx.thread;
+  for (u32 j = 0; j < kRowsAtOnce; ++j) {
+    if (first + j >= columns) continue;
+    const f32 factor = norm.factor(ctx, first + j);
+    for (u32 i = 0; i < kSteps; ++i) {
+      const u32 k = mine + i * kStep;
+      if (k < end) v[j][i] = norm.apply(ctx, v[j][i], factor, first + j, row[j], k, i);
+      if (kFours) continue;
+      if (k + 1 >= end) v[j][i].y = 0.0f;
+      if (k + 2 >= end) v[j][i].z = 0.0f;
+      if (k + 3 >= end) v[j][i].w = 0.0f;
+    }
+  }
+  if (!bf16) scale_rows(ctx, columns, first, v);
+  for (u32 j = 0; j < kRowsAtOnce; ++j) {
+    if (first + j >= columns) continue;
+    const u32 at = ctx.at(kSmemX) + (first + j) * kXStride + 8 * ctx.thread;
+    for (u32 i = 0; i < kSteps; ++i) st_shared(at + 2 * i * kStep, rounded(v[j][i], bf16));
+  }
+}
+
 // Elements [begin, begin + kSliceK) of all columns of the input, zero from phase.k on. They are there when this
 // returns. The slice before is not read any more: its last products came before the barrier of their partial sums, and
 // what undid its scale was read before kScaleBar.
 inline DEVICE void stage_slice(const Context& ctx, const Phase& phase, u32 columns, u32 begin) {
-  const bool bf16 = takes_bf16(phase);
   const Input input(ctx, phase, columns, begin);
   const Norm norm(ctx, phase, begin);
   const u32 end = static_cast<u32>(phase.k), mine = begin + 4 * ctx.thread;
@@ -318,24 +346,7 @@ inline DEVICE void stage_slice(const Context& ctx, const Phase& phase, u32 colum
         v[j][i] = first + j < columns && mine + i * kStep < end ? input.load(row[j], i) : f32x4{};
       }
     }
-    for (u32 j = 0; j < kRowsAtOnce; ++j) {
-      if (first + j >= columns) continue;
-      const f32 factor = norm.factor(ctx, first + j);
-      for (u32 i = 0; i < kSteps; ++i) {
-        const u32 k = mine + i * kStep;
-        if (k < end) v[j][i] = norm.apply(ctx, v[j][i], factor, first + j, row[j], k, i);
-        if (kFours) continue;
-        if (k + 1 >= end) v[j][i].y = 0.0f;
-        if (k + 2 >= end) v[j][i].z = 0.0f;
-        if (k + 3 >= end) v[j][i].w = 0.0f;
-      }
-    }
-    if (!bf16) scale_rows(ctx, columns, first, v);
-    for (u32 j = 0; j < kRowsAtOnce; ++j) {
-      if (first + j >= columns) continue;
-      const u32 at = ctx.at(kSmemX) + (first + j) * kXStride + 8 * ctx.thread;
-      for (u32 i = 0; i < kSteps; ++i) st_shared(at + 2 * i * kStep, rounded(v[j][i], bf16));
-    }
+    put_columns(ctx, phase, norm, columns, begin, first, row, v);
   }
   bar_sync(Site::kStageBar, kConsumerBarrier, kConsumers);
 }
