@@ -16,7 +16,8 @@ struct Waiter {
   const Launch& launch;
   u32 block, phase;
   Site site;
-  u32 patience = 1;  // in spin limits
+  u32 patience = 1;         // in spin limits
+  u32 looks_per_flag = 16;  // in vain, before a look at the flag
 };
 
 inline COLD void write_record(u32* report, u32* failed, u32 block, u32 phase, u32 site, u32 seen, u32 expected) {
@@ -41,10 +42,9 @@ struct Spin {
 
   // After a look that was in vain: whether to give up, because others did or the limit is reached.
   DEVICE bool give_up(const Waiter& waiter, u32 seen, u32 expected) {
-    constexpr u32 kLooksPerFlag = 16;
     const u64 now = clock_cycles();
     if (looks == 0) begin = now;
-    if (++looks % kLooksPerFlag == 0 && ld_relaxed(waiter.launch.report + kReportFlag) != 0) return true;
+    if (++looks % waiter.looks_per_flag == 0 && ld_relaxed(waiter.launch.report + kReportFlag) != 0) return true;
     if (now - begin <= waiter.patience * waiter.launch.spin_limit) return false;
     write_abort(waiter, seen, expected);
     return true;

@@ -15,7 +15,8 @@ namespace flashformer {
 inline DEVICE void await_arrivals(Context& ctx, u32 arrivals) {
   if (ctx.thread == 0 && !ctx.aborted) {
     const u32 expected = ctx.launch.base + arrivals;
-    const Waiter waiter = {ctx.launch, ctx.block, ctx.phase, Site::kHandoffPoll};
+    // A look at the flag is a way to L2 by which an arrival may be seen later: 256 polls are about 0.1 ms.
+    const Waiter waiter = {ctx.launch, ctx.block, ctx.phase, Site::kHandoffPoll, 1, 256};
     Spin spin;
     for (;;) {
       const u32 seen = ld_acquire(Site::kHandoffPoll, ctx.launch.counter);
