@@ -126,7 +126,9 @@ void product_tile(const Phase& phase, float* sums, const char* w, const In& in, 
     const int64_t rest = all - g;
     count = rest <= at_once ? rest : passes > 1 ? at_once : rest - at_once;
     const char* block = w + g * phase.group_bytes;
-    const char* ahead = count < rest ? block + at_once * phase.group_bytes : next;
+    // One pass is a stream that the hardware fetches ahead better than prefetches of ours do (docs/measuring.md): these
+    // are for what follows the tile, and until its last block name the line that is being read.
+    const char* ahead = count == rest ? next : passes > 1 ? block + at_once * phase.group_bytes : block;
     const int64_t bytes = count * phase.group_bytes;
     for (int64_t pass = 0, r = 0; pass < passes; ++pass) {
       const int64_t left = passes - pass, rows = (n_rows - r + left - 1) / left;
