@@ -260,6 +260,7 @@ class Forward:
         self.launch["n_rows"], self.launch["n_phases"] = shape.rows, len(steps)
         self.launch["base"], self.launch["spin_limit"] = BASE, 1 << 40
         self.counter, self.report = aligned(1, np.uint32), aligned(8 + n_blocks, np.uint32)
+        self.failed = aligned(1, np.uint32)
         self.counter[0] = BASE
         self.accumulators = aligned((n_blocks, more_tiles, n_rows * 16), np.float32)
         self.accumulators[:] = np.nan
@@ -361,7 +362,7 @@ class Forward:
 
     def _register(self, places: Mapping[str, int]) -> None:
         constant = {n: getattr(self, n) for n in ("weights", "model", "phases", "schedule", "tapes", "tape_begin")}
-        mutable = {n: getattr(self, n) for n in ("work", "counter", "report", "accumulators", "times")}
+        mutable = {n: getattr(self, n) for n in ("work", "counter", "report", "failed", "accumulators", "times")}
         for name, array in constant.items():
             self.launch[name] = self.simulator.constant(array.reshape(-1).view(np.uint8), name)
         for name, array in mutable.items():

@@ -33,7 +33,10 @@ def shared(files: str, off: str = "out of bounds") -> Kinds:
 # What is found where a site does nothing, and where it keeps its effect (meeting, arrival, value) but orders nothing.
 KINDS: dict[str, Kinds] = {
     "kInitFence": ("missing fence_mbar_init", "missing fence_mbar_init"),
-    "kInitBar": ("no initialised mbarrier|missing barrier after mbar_init", "missing barrier after mbar_init"),
+    "kInitBar": (
+        f"no initialised mbarrier|missing barrier after mbar_init|{EARLY}.* at tokens.cuh",
+        f"missing barrier after mbar_init|{SHARED}.* at tokens.cuh",
+    ),
     "kWaitEmpty": (f"{REFILLED}|arrives at mbarrier .* once too often", REFILLED),
     "kProducerFence": ("missing fence_proxy_async", "missing fence_proxy_async"),
     "kExpect": ("deadlock.*kWaitFull", ""),

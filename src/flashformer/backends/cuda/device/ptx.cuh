@@ -1,8 +1,7 @@
-// The instructions that the kernel needs and C++ has no word for: one per wrapper, the only file with inline PTX.
+// What the kernel needs and C++ has no word for: an instruction per wrapper, the only file with inline PTX (ISA 8.x).
 // All shared memory and all global memory that changes during a launch is accessed through these, so that the host
 // build (tests/gpu_on_host) can put its own in their place and check every access. `Site` is for that build only.
 // Shared addresses are u32 bytes of the shared window; T has 1, 2, 4, 8 or 16 bytes and lies at a multiple of its size.
-// PTX ISA 8.x, sm_90 and later.
 #pragma once
 
 #include "layout.cuh"
@@ -12,17 +11,12 @@
 
 namespace flashformer {
 
-// ---- who am I
-
 inline DEVICE u32 thread_index() { return threadIdx.x; }
 inline DEVICE u32 warp_index() { return threadIdx.x / 32; }
 inline DEVICE u32 lane_index() { return threadIdx.x % 32; }
 inline DEVICE u32 block_index() { return blockIdx.x; }
 inline DEVICE u32 n_blocks() { return gridDim.x; }
-
 alignas(1024) extern __shared__ u8 dynamic_shared[];  // records are read from it by loads of 16 bytes
-
-// Where the block's dynamic shared memory begins.
 inline DEVICE u32 shared_base() { return static_cast<u32>(__cvta_generic_to_shared(dynamic_shared)); }
 
 // A record at `offset` of the block's shared memory, which is a copy of `source`: read as plain C++, no instruction.
@@ -236,8 +230,7 @@ inline DEVICE u32 ld_acquire(Site, const u32* p) {
   return v;
 }
 
-// The value before.
-inline DEVICE u32 atom_add_relaxed(Site, u32* p, u32 v) {
+inline DEVICE u32 atom_add_relaxed(Site, u32* p, u32 v) {  // the value before
   u32 old;
   asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
   return old;
