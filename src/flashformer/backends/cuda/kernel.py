@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -210,22 +210,23 @@ class CudaKernel(Kernel):
             self._leave(now)
             now = None
         if now is None:
-            now = self._queue(batch, 0)
+            now = self._queue(batch)
         if again is not None and self._may_queue(batch, again):
             self._next = self._queue_again(batch, again, 1 - now.turn)
         self._gpu.wait(now.turn)
         results = self._results[now.turn]
         if results[FAILED]:
-            self._fail()
+            raise error_of(self.program, self._read_report())
         self.tokens[: now.n_tokens] = results[: now.n_tokens]
         if self._next is not None and not set(again or ()).isdisjoint(results[: now.n_tokens].tolist()):
             self._base, self._next = int(self._next.launch["base"][0]), None  # it found that too, and did nothing
 
-    def _queue(self, batch: Batch, turn: int) -> _Queued:
-        """The forward of `batch`, whose rows are in the launch record."""
+    def _queue(self, batch: Batch) -> _Queued:
+        """The forward of `batch`, whose rows are in the launch record, while no other is under way."""
         self._upload_adjustments(batch)
-        self._results[turn, FAILED] = 0
+        turn = 0
         first = 0  # of the results
+        self._results[turn, FAILED] = 0
         for begin, part in parts(batch, max(self._kernels)):
             launch = self._launch if begin == 0 else shifted(self._launch, begin, part.n_rows)
             self._fill(launch, part, turn, first)
@@ -315,9 +316,6 @@ class CudaKernel(Kernel):
         self._base = 0
         self._gpu.finish()
         return [int(word) for word in self._report]
-
-    def _fail(self) -> NoReturn:
-        raise error_of(self.program, self._read_report())
 
     # ---- looking at it
 
