@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Generator
 from collections.abc import Sequence as List
+from contextlib import contextmanager
 from time import perf_counter_ns
 from typing import NamedTuple
 
@@ -54,16 +55,18 @@ class Sequence:
         "slot", "took_ns", "wanted",
     )  # fmt: skip
 
-    def __init__(self, kernel: Kernel, slot: Slot, request: Request, logits: NDArray[np.float32] | None) -> None:
-        """`logits`: (vocab_size), set to those that a token was chosen from until the next one is asked for."""
-        self.slot, self.held, self.request, self.logits = slot, slot.held, request, logits
+    def __init__(self, kernel: Kernel, slot: Slot, request: Request) -> None:
+        self.slot, self.held, self.request = slot, slot.held, request
         self.n_run = slot.n  # tokens of the prompt whose keys and values are there, while no token was made
         self.made: list[int] = []
         self.took_ns: list[int] = []  # by the forward of each token
         self.asked = 0  # tokens that the caller has or waits for
         self.over = False
         self.error: FlashformerError | None = None
-        self.wanted = Want.TOKEN if logits is None else Want.LOGITS
+        self.logits: NDArray[np.float32] | None = None  # those that the last token was chosen from, where asked for
+        if request.logprobs is not None:
+            self.logits = np.empty(kernel.program.spec.vocab_size, np.float32)
+        self.wanted = Want.TOKEN if self.logits is None else Want.LOGITS
         self.n_noted = 0
         adjusted = request.repeat_penalty != 1 or len(request.logit_bias) > 0
         penalty, bias = request.repeat_penalty, request.logit_bias
@@ -111,15 +114,14 @@ class Part(NamedTuple):
 
 
 class Batch:
-    """The sequences of one kernel. All but `tokens` is for whoever has the turn."""
+    """The sequences of one kernel. `step` is for whoever has the turn."""
 
     def __init__(self, kernel: Kernel, turns: Turns, chunk: int) -> None:
         self._kernel, self._turns, self._chunk = kernel, turns, chunk
         self._sequences: list[weakref.ref[Sequence]] = []  # in the order of their arrival
 
-    def sequence(self, slot: Slot, request: Request, logits: NDArray[np.float32] | None = None) -> Sequence:
-        """See Sequence."""
-        return Sequence(self._kernel, slot, request, logits)
+    def sequence(self, slot: Slot, request: Request) -> Sequence:
+        return Sequence(self._kernel, slot, request)
 
     def tokens(self, sequence: Sequence) -> Generator[tuple[int, int], None, None]:
         """The tokens of a sequence and what each took in ns, waiting for it included; (-1, 0) after a forward that made
@@ -127,8 +129,7 @@ class Batch:
         raise.
         """
         made, clock = sequence.made, perf_counter_ns
-        self._sequences.append(weakref.ref(sequence))
-        try:
+        with self._on_its_way(sequence):
             for i in range(sequence.request.max_tokens):
                 sequence.asked, begin, waited = i + 1, clock(), False
                 while sequence.waits:
@@ -139,15 +140,18 @@ class Batch:
                 yield made[i], clock() - begin if waited else sequence.took_ns[i]
                 if made[i] in sequence.request.stop_ids:
                     return
-        finally:
-            sequence.over = True
 
     def run_prompt(self, sequence: Sequence) -> None:
         """Of a sequence that makes no tokens. Raises as `tokens`."""
-        self._sequences.append(weakref.ref(sequence))
-        try:
+        with self._on_its_way(sequence):
             while sequence.waits:
                 self._wait(sequence)
+
+    @contextmanager
+    def _on_its_way(self, sequence: Sequence) -> Generator[None, None, None]:
+        self._sequences.append(weakref.ref(sequence))
+        try:
+            yield
         finally:
             sequence.over = True
 

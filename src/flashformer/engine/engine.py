@@ -235,7 +235,6 @@ class LLM:
     def _start(self, ids: NDArray[np.int32], settings: SamplingSettings, begin_ns: int) -> Stream:
         ctx, has_text = self.setup.target.ctx, self._prompts.has_text
         return Stream(
-            self.kernel,
             self._batch,
             self._slots,
             requests.make_request(ids, settings, self.defaults, self.spec, ctx, has_text=has_text),
@@ -306,7 +305,7 @@ class LLM:
             assert slot is not None
             for begin in range(slot.n, first, chunk):
                 end = min(begin + chunk, first)
-                take(run_prompt, kernel, slot, ids, begin, end, want=Want.NOTHING, last=Want.NOTHING)
+                take(run_prompt, kernel, slot, ids, begin, end, Want.NOTHING)
             step = min(chunk, MAX_HEAD_ROWS)
             for begin in range(first, len(ids), step):
                 yield begin, take(prompt_logits, kernel, slot, ids, begin, min(begin + step, len(ids)))

@@ -12,15 +12,13 @@ from ..backends.base import Kernel, Want
 from .slots import Slot
 
 
-def run_prompt(
-    kernel: Kernel, slot: Slot, ids: NDArray[np.int32], begin: int, end: int, *, want: Want, last: Want
-) -> None:
-    """Rows for tokens [begin, end) of `ids`; all but the last want `want`. Who wants something fills its sampling."""
+def run_prompt(kernel: Kernel, slot: Slot, ids: NDArray[np.int32], begin: int, end: int, want: Want) -> None:
+    """Rows for tokens [begin, end) of `ids`, which all want `want`. Who wants something fills its sampling."""
     rows, count = kernel.rows, end - begin
     rows.token[:count] = ids[begin:end]
     rows.slot[:count] = slot.index
     rows.pos[:count] = np.arange(begin, end)
-    rows.want[:count], rows.want[count - 1] = want, last
+    rows.want[:count] = want
     assert slot.n == begin  # so an interrupt during the forward leaves what lies before these rows
     kernel.forward(count)
     slot.ids[begin:end] = ids[begin:end]
@@ -31,5 +29,5 @@ def prompt_logits(kernel: Kernel, slot: Slot, ids: NDArray[np.int32], begin: int
     """(end - begin, vocab_size) logits after tokens [begin, end), at most MAX_HEAD_ROWS of them."""
     rows, count = kernel.rows, end - begin
     rows.temperature[:count] = rows.adjust_begin[:count] = rows.adjust_end[:count] = 0
-    run_prompt(kernel, slot, ids, begin, end, want=Want.LOGITS, last=Want.LOGITS)
+    run_prompt(kernel, slot, ids, begin, end, Want.LOGITS)
     return kernel.logits[:count].copy()

@@ -10,9 +10,6 @@ from inspect import GEN_RUNNING, getgeneratorstate
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from ..backends.base import Kernel
 from ..errors import RequestError
 from .batch import Batch
 from .logprobs import TokenLogprobs, token_logprobs
@@ -59,7 +56,6 @@ class Stream(Iterator[Piece]):
 
     def __init__(
         self,
-        kernel: Kernel,
         batch: Batch,
         slots: Slots,
         request: Request,
@@ -73,7 +69,7 @@ class Stream(Iterator[Piece]):
         self._step_bytes = step_bytes  # read by a token, of its number of positions
         self._answer = answer = _Answer()
         # The generator does not know the stream, so that dropping this one ends that one and frees the slot at once.
-        self._pieces = _pieces(answer, kernel, batch, slots, request, tokenizer, encode_ns)
+        self._pieces = _pieces(answer, batch, slots, request, tokenizer, encode_ns)
 
     def __iter__(self) -> Stream:
         return self
@@ -130,7 +126,6 @@ class Stream(Iterator[Piece]):
 
 def _pieces(
     answer: _Answer,
-    kernel: Kernel,
     batch: Batch,
     slots: Slots,
     request: Request,
@@ -140,7 +135,6 @@ def _pieces(
     """The pieces of a stream, noted in `answer` as they are made."""
     ids, texts, me = answer.ids, answer.texts, threading.get_ident
     stop_ids, n_top, logprobs = request.stop_ids, request.logprobs, None
-    logits = None if n_top is None else np.empty(kernel.program.spec.vocab_size, np.float32)
     text_stream = tokenizer.stream() if tokenizer is not None else _NoText()
     detokenize, finder = text_stream.step, StopFinder(request.stops) if request.stops else None
     begin = perf_counter_ns() - encode_ns
@@ -148,7 +142,8 @@ def _pieces(
         if slot is None:
             return
         answer.cached = slot.n
-        with closing(batch.tokens(batch.sequence(slot, request, logits))) as tokens:
+        sequence = batch.sequence(slot, request)
+        with closing(batch.tokens(sequence)) as tokens:
             for new, took_ns in tokens:
                 if answer.cancelled:
                     return
@@ -158,8 +153,8 @@ def _pieces(
                 text = "" if new in stop_ids else detokenize(new) or ""
                 if finder is not None:
                     text, answer.stop = finder.feed(text)
-                if logits is not None and n_top is not None:
-                    logprobs = token_logprobs(logits, new, n_top)
+                if sequence.logits is not None and n_top is not None:
+                    logprobs = token_logprobs(sequence.logits, new, n_top)
                     answer.logprobs.append(logprobs)
                 ids.append(new)
                 texts.append(text)
