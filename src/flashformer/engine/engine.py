@@ -112,11 +112,11 @@ def _crowd(setup: Setup) -> str | None:
 class LLM:
     """A loaded model. Made by `load`.
 
-    May be used from several Python threads: forwards take turns in the order in which they are asked for, and every
-    request holds one of the `streams` slots while it runs; requests that find none wait and get one in the order in
-    which they came. A slot keeps its cache when a request ends, and a prompt that begins as the cached tokens do is
-    computed from where they differ; the bits are those of a computation from the start. A request that waits keeps its
-    thread: a pool (`asyncio.to_thread`) needs more threads than requests that may wait at once.
+    May be used from several Python threads: every request holds one of the `streams` slots while it runs, and those
+    that run share every forward (batch.py); requests that find no slot wait and get one in the order in which they
+    came. A slot keeps its cache when a request ends, and a prompt that begins as the cached tokens do is computed from
+    where they differ; the bits are those of a computation from the start. A request that waits keeps its thread: a pool
+    (`asyncio.to_thread`) needs more threads than requests that may wait at once.
     """
 
     def __init__(self, model: Model, setup: Setup, checked: CheckedProgram, kernel: Kernel) -> None:
