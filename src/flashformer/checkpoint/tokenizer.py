@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,12 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 # What transformers replaces in decoded text where `clean_up_tokenization_spaces` is set, in this order.
 _CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+# Byte-level vocabularies write a byte that is no printable character as one of those from U+0100 on, in order.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+}
 
 
 class Tokenizer:
@@ -60,6 +67,17 @@ class Tokenizer:
         """Text of token ids without special tokens; an incomplete character becomes U+FFFD."""
         text = self._inner.decode(list(ids), skip_special_tokens=True)
         return cleaned_up(text) if self._clean_up else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, as UTF-8, of which it may have a part; of a special token, its name."""
+        name, text = self._inner.id_to_token(token_id) or "", self.decode([token_id])
+        if all(char in _BYTES for char in name):
+            raw = bytes(_BYTES[char] for char in name)
+            if raw.decode("utf-8", "replace") == text:
+                return raw
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+            return bytes.fromhex(byte[1])
+        return name.replace("\u2581", " ").encode()
 
     def stream(self) -> TokenStream:
         """A decoder for the tokens of one sequence as they come."""
