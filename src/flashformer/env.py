@@ -42,3 +42,8 @@ def delays() -> int:
     if not value.isdecimal() or int(value) >= 2**64:
         raise RequestError(f"FLASHFORMER_DELAYS={value!r}: expected an integer from 0 to 2^64 - 1")
     return int(value)
+
+
+def api_key() -> str | None:
+    """FLASHFORMER_API_KEY: what clients of the HTTP server must send, where the command line does not say."""
+    return os.environ.get("FLASHFORMER_API_KEY") or None

@@ -159,4 +159,9 @@ def test_dependencies_are_what_is_imported():
 
 
 # cuda-bindings finds the library that nvidia-cuda-nvrtc brings.
-IMPORTED_AS = {"cuda-bindings": "cuda", "nvidia-cuda-nvrtc": "cuda"}
+IMPORTED_AS = {
+    "cuda-bindings": "cuda",
+    "nvidia-cuda-nvrtc": "cuda",
+    "prometheus-client": "prometheus_client",
+    "sse-starlette": "sse_starlette",
+}

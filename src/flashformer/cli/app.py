@@ -11,6 +11,7 @@ from .output import Commands
 from .plan import plan
 from .quantize import quantize
 from .run import run
+from .serve import serve
 from .trace import trace
 
 app = typer.Typer(
@@ -21,5 +22,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (run, chat, bench, plan, trace, quantize, doctor):
+for command in (run, chat, serve, bench, plan, trace, quantize, doctor):
     app.command()(command)

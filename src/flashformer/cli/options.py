@@ -51,6 +51,7 @@ ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="demo, a folder, 
 RevisionOpt = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")]
 OfflineOpt = Annotated[bool, typer.Option("--offline", help="use what is on this machine only")]
 ThreadsOpt = Annotated[int | None, typer.Option("--threads", help="default: cores within the quota")]
+StreamsOpt = Annotated[int, typer.Option("--streams", help="slots for sequences, 1 to 16")]
 QuietOpt = Annotated[
     bool, typer.Option("--quiet", help="only results, warnings and errors", callback=_hush, is_eager=True)
 ]
@@ -131,7 +132,7 @@ class Room:
         int | None,
         typer.Option("--ctx", help="positions per slot; default: the least of the model's, 8192 and what fits"),
     ] = None
-    streams: Annotated[int, typer.Option("--streams", help="slots for sequences, 1 to 16")] = 1
+    streams: StreamsOpt = 1
 
 
 @dataclass(frozen=True)

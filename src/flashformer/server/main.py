@@ -1,0 +1,237 @@
+"""Running the application: sockets, connections, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..engine import LLM
+from ..engine.request import integer
+from ..errors import RequestError
+from ..log import log
+from .app import make_app
+from .guard import is_loopback
+from .options import MAX_CONNECTIONS, MAX_HEADER_BYTES, ServerOptions
+from .service import Service
+
+HEADERS_S = 10.0  # in which the head of a request must have come in
+KEEP_ALIVE_S = 30
+CLOSING_S = 2  # in which connections must close when all requests are answered
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where: an address, or a UNIX socket, which only its owner may use. Port 0 is any that is free."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+
+    def __post_init__(self) -> None:
+        integer("port", self.port, (0, 65535))
+
+
+def serve(source: LLM | Callable[[], LLM], options: ServerOptions, listen: Listen) -> int:
+    """Serves until a signal comes; gives the signal. For the main thread.
+
+    The first SIGTERM or SIGINT lets running requests come to their end for options.shutdown_s, the second ends all at
+    once. Raises RequestError for an address that cannot be used, and what loading or the engine failed with.
+    """
+    options = replace(options, any_host=listen.uds is not None, host=listen.host.lower())
+    with _sockets(listen, options) as sockets:
+        app = make_app(source, options)
+        service: Service = app.state.service
+        server = Server(_config(app), service)
+        asyncio.run(server.serve(sockets=sockets))
+    if service.failure is not None:
+        raise service.failure
+    return server.signals[0] if server.signals else 0
+
+
+def _config(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        loop="asyncio",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=CLOSING_S,
+    )
+
+
+class Server(uvicorn.Server):
+    """Keeps answering while requests come to their end: probes must hear of a shutdown, not be refused."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.signals: list[int] = []
+        self._service = service
+        self._draining: asyncio.Task[None] | None = None
+        service.when_broken = self._leave
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.signals.append(sig)
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        if self._draining is None:
+            log.info(
+                f"{signal.Signals(self.signals[0]).name}: running requests come to their end; again to end at once"
+            )
+            self._draining = self._loop.create_task(self._drain())
+        else:
+            self._service.abort()
+            self.force_exit = True
+            self._leave()
+
+    async def _drain(self) -> None:
+        try:
+            await self._service.drain()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        self.should_exit = True
+
+
+class Connection(H11Protocol):
+    """A connection that is closed where its client sends no request for too long, or where there are too many.
+
+    Requests find in their scope's state how to cut it off without waiting for what was sent to be taken.
+    """
+
+    _head_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+        else:
+            self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def _has_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _expect(self) -> None:
+        """Sets a time for the head of a request, unless there is one, or a time for it."""
+        if self._has_request and self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
+        elif not self._has_request and self._head_due is None:
+            self._head_due = self.loop.call_later(HEADERS_S, self._give_up)
+
+    def _give_up(self) -> None:
+        self._head_due = None
+        if not self._has_request:
+            self.transport.abort()
+
+
+@contextmanager
+def _sockets(listen: Listen, options: ServerOptions) -> Iterator[list[socket.socket]]:
+    """Open for connections, which are answered once the server runs. Raises RequestError."""
+    opened = [_unix_socket(listen.uds)] if listen.uds is not None else _inet_sockets(listen, options)
+    try:
+        yield opened
+    finally:
+        for one in opened:
+            one.close()
+        if listen.uds is not None:
+            with suppress(OSError):
+                os.unlink(listen.uds)
+
+
+def _inet_sockets(listen: Listen, options: ServerOptions) -> list[socket.socket]:
+    """One for every address of the host."""
+    try:
+        found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise RequestError(f"--host {listen.host}: no such address: {error.strerror}") from None
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    if options.api_key is None and not all(is_loopback(str(address[0])) for _, address in addresses):
+        raise RequestError(
+            f"--host {listen.host}: others could use this server without a key: give --api-key or FLASHFORMER_API_KEY, "
+            "or listen on 127.0.0.1"
+        )
+    opened: list[socket.socket] = []
+    port = listen.port
+    try:
+        for family, address in addresses:
+            one = socket.create_server((address[0], port, *address[2:]), family=family)
+            opened.append(one)
+            port = one.getsockname()[1]
+    except OSError as error:
+        for one in opened:
+            one.close()
+        raise RequestError(
+            f"{listen.host}:{port}: cannot listen there: {error.strerror}; choose another --port"
+        ) from None
+    host = f"[{listen.host}]" if ":" in listen.host else listen.host
+    log.info(f"{options.model_name} at http://{host}:{port}")
+    return opened
+
+
+def _unix_socket(path: str) -> socket.socket:
+    """Only its owner may connect. What a process that was killed left behind is replaced."""
+    _clear(path)
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        one.bind(path)
+        one.listen()
+    except OSError as error:
+        one.close()
+        raise RequestError(f"--uds {path}: cannot listen there: {error.strerror or error}") from None
+    finally:
+        os.umask(mask)
+    log.info(f"listening at {path}")
+    return one
+
+
+def _clear(path: str) -> None:
+    """Removes a socket that nobody listens at. Raises RequestError where something else is there."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise RequestError(f"--uds {path}: there is a file that is no socket: choose another path")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+            other.connect(path)
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        os.unlink(path)
+        return
+    except OSError as error:
+        raise RequestError(f"--uds {path}: cannot be used: {error.strerror or error}") from None
+    raise RequestError(f"--uds {path}: another server listens there: choose another path")

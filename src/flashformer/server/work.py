@@ -1,0 +1,215 @@
+"""One request in its thread: from a checked request to the bytes of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from ..engine import Output, Piece, Stream
+from ..engine.logprobs import TokenLogprobs, token_logprobs
+from .answers import Answer, Done, speed
+from .bridge import Bridge, Gone
+from .metrics import Metrics
+from .schema import Ask
+from .tokens import Entry, Placing
+
+if TYPE_CHECKING:
+    from ..engine import LLM
+
+SPEED_TOKENS = 16  # every so many, a chunk of a stream says how fast it is
+
+
+@dataclass
+class Pace:
+    """How fast the tokens of one answer come: the last SPEED_TOKENS, without the first one of all."""
+
+    step_bytes: Callable[[int], int]  # read by a token, of its number of positions
+    n_positions: int
+    gb_s: float = 0.0
+    tok_s: float = 0.0
+    _since: float | None = None  # by perf_counter
+    _n: int = 0
+    _n_bytes: int = 0
+
+    def note(self, now: float) -> bool:
+        """A token has come: whether the pace is a new one."""
+        self.n_positions += 1
+        if self._since is None:  # before it there was the prompt
+            self._since = now
+            return False
+        self._n += 1
+        self._n_bytes += self.step_bytes(self.n_positions)
+        if self._n < SPEED_TOKENS:
+            return False
+        took = max(now - self._since, 1e-9)
+        self.gb_s, self.tok_s = self._n_bytes / took / 1e9, self._n / took
+        self._since, self._n, self._n_bytes = now, 0, 0
+        return True
+
+
+class Work:
+    """`run` is for one thread. `n_positions` and `gb_s` may be read by any."""
+
+    def __init__(
+        self, llm: LLM, ask: Ask, answer: Answer, metrics: Metrics, measured_gb_s: float | None, arrived: float
+    ) -> None:
+        """`arrived`: by perf_counter."""
+        self._llm, self._ask, self._answer, self._metrics = llm, ask, answer, metrics
+        self._measured_gb_s = measured_gb_s
+        self._arrived, self._queue_s = arrived, 0.0
+        self._pace = Pace(llm.step_bytes, 0)
+
+    @property
+    def n_positions(self) -> int:
+        return self._pace.n_positions
+
+    @property
+    def gb_s(self) -> float:
+        return self._pace.gb_s
+
+    def run(self, bridge: Bridge) -> None:
+        """Puts the answer on the bridge. Raises Gone, and what the engine raises."""
+        metrics = self._metrics
+        self._queue_s = perf_counter() - self._arrived
+        metrics.queue.observe(self._queue_s)
+        try:
+            self._run(bridge)
+        except BaseException as error:
+            metrics.end("abort" if isinstance(error, Gone) else "error")
+            raise
+        finally:
+            metrics.latency.observe(perf_counter() - self._arrived)
+
+    def _run(self, bridge: Bridge) -> None:
+        prompts = self._ask.prompts(self._llm)
+        bridge.check()
+        streams = [self._llm.start(prompt, self._ask.settings) for prompt in prompts]  # all are checked before one runs
+        bridge.begin()
+        done = [
+            self._one(bridge, index, prompt, stream)
+            for index, (prompt, stream) in enumerate(zip(prompts, streams, strict=True))
+        ]
+        bridge.put(self._answer.last(done) if self._ask.stream else self._answer.body(done))
+
+    def _one(self, bridge: Bridge, index: int, prompt: object, stream: Stream) -> Done:
+        with stream, bridge.cancelling(stream.close):
+            ids = stream.output.prompt_token_ids
+            self._pace = Pace(self._llm.step_bytes, len(ids))
+            said = _Said(bridge, self._answer, index) if self._ask.stream else _Kept(self._answer, index)
+            placing = Placing(self._answer.vocabulary)
+            if self._ask.echo:
+                text = prompt if isinstance(prompt, str) else self._answer.vocabulary.decode(ids)
+                said.add(text, self._prompt_entries(bridge, ids, placing))
+            if self._ask.warm:
+                cached, output = self._llm.warm(ids), None
+                bridge.check()
+            else:
+                self._generate(bridge, stream, said, placing)
+                output = stream.output
+                cached = output.cached_tokens
+        done = self._done(index, len(ids), cached, output, said)
+        self._count(done)
+        said.finish(done)
+        return done
+
+    def _generate(self, bridge: Bridge, stream: Stream, said: _Said | _Kept, placing: Placing) -> None:
+        metrics, settings, pace = self._metrics, self._ask.settings, self._pace
+        stop_ids = () if settings.ignore_eos else self._llm.spec.eos_ids
+        before = None
+        for piece in stream:
+            now = perf_counter()
+            known: dict[str, Any] = {}
+            if piece.token_id is not None:
+                if before is None:
+                    metrics.first_token.observe(now - self._arrived)
+                else:
+                    metrics.next_token.observe(now - before)
+                before = now
+                metrics.generation_tokens.inc()
+                if pace.note(now):
+                    known = {"timings": {"tok_s": pace.tok_s, **speed(pace.gb_s, self._measured_gb_s)}}
+            said.add(piece.text, _entries(piece, placing, stop_ids), **known)
+        bridge.check()  # closed, the stream has ended early
+
+    def _prompt_entries(self, bridge: Bridge, ids: list[int], placing: Placing) -> list[Entry] | None:
+        """Of every token of the prompt, what the tokens before it made of it."""
+        n_top = self._ask.settings.logprobs
+        if n_top is None:
+            return None
+        entries = [placing.entry(ids[0], None)]
+        with closing(self._llm.logit_parts(ids)) as parts:
+            for begin, rows in parts:
+                bridge.check()
+                for position, row in enumerate(rows, begin + 1):
+                    if position < len(ids):
+                        entries.append(placing.entry(ids[position], token_logprobs(row, ids[position], n_top)))
+        return entries
+
+    def _done(self, index: int, n_prompt: int, cached: int, output: Output | None, said: _Said | _Kept) -> Done:
+        asked = self._ask.settings.max_tokens
+        room = self._llm.setup.target.ctx - n_prompt
+        return Done(
+            index=index,
+            text="".join(said.texts),
+            entries=None if self._ask.settings.logprobs is None else said.entries,
+            finish_reason="length" if output is None else output.finish_reason,
+            n_prompt=n_prompt,
+            n_new=0 if output is None else len(output.token_ids),
+            cached=cached,
+            timing=None if output is None else output.timing,
+            clamped=asked is not None and output is not None and asked > room,
+            queue_ms=1e3 * self._queue_s,
+            measured_gb_s=self._measured_gb_s,
+        )
+
+    def _count(self, done: Done) -> None:
+        metrics = self._metrics
+        metrics.end(done.finish_reason)
+        metrics.prompt_tokens.inc(done.n_prompt)
+        metrics.prefix_queries.inc(done.n_prompt)
+        metrics.prefix_hits.inc(done.cached)
+        if done.timing is not None and done.timing.tok_s:
+            metrics.per_token.observe(1 / done.timing.tok_s)
+
+
+class _Said:
+    """A choice that goes out as it is made."""
+
+    def __init__(self, bridge: Bridge, answer: Answer, index: int) -> None:
+        self._bridge, self._answer, self._index = bridge, answer, index
+        self.texts: list[str] = []  # nothing is kept
+        self.entries: list[Entry] = []
+        if first := answer.first(index):
+            bridge.put(first)
+
+    def add(self, text: str, entries: list[Entry] | None, **further: Any) -> None:
+        if text or entries or further:
+            self._bridge.put(self._answer.chunk(self._index, text, entries, **further))
+
+    def finish(self, done: Done) -> None:
+        self._bridge.put(self._answer.finish(done))
+
+
+class _Kept:
+    """A choice that is sent when all is made."""
+
+    def __init__(self, answer: Answer, index: int) -> None:
+        self.texts: list[str] = []
+        self.entries: list[Entry] = []
+
+    def add(self, text: str, entries: list[Entry] | None, **further: Any) -> None:
+        self.texts.append(text)
+        self.entries += entries or []
+
+    def finish(self, done: Done) -> None:
+        pass
+
+
+def _entries(piece: Piece, placing: Placing, stop_ids: tuple[int, ...]) -> list[Entry] | None:
+    found: TokenLogprobs | None = piece.logprobs
+    if found is None:
+        return None
+    return [placing.entry(found.token_id, found, ends=found.token_id in stop_ids)]
