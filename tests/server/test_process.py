@@ -1,0 +1,155 @@
+"""`flashformer serve` as a process: where it listens, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from threads import until
+
+LONG = {
+    "messages": [{"role": "user", "content": "def f"}],
+    "max_tokens": 100_000,
+    "ignore_eos": True,
+    "stream": True,
+    "logprobs": True,
+    "top_logprobs": 20,
+}  # much to send, so that it stands still where nobody reads
+
+
+@contextmanager
+def serving(*options: str, model: str = "demo", **env: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "flashformer.cli", "serve", model, "--threads", "1", "--ctx", "512", *options]
+    environment = {**os.environ, "FLASHFORMER_API_KEY": "", **env}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line(process: subprocess.Popen[str], says: str) -> re.Match[str]:
+    """The first line on stderr that says this, which must come."""
+    assert process.stderr is not None
+    seen = []
+    for text in process.stderr:
+        seen.append(text)
+        if found := re.search(says, text):
+            return found
+    raise AssertionError("".join(seen))
+
+
+def at(path: Path) -> httpx.Client:
+    return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x", timeout=60)
+
+
+def test_it_answers_at_the_address_that_it_names() -> None:
+    with serving("--port", "0", "--served-model-name", "mine") as process:
+        address = line(process, r"mine at (http://127\.0\.0\.1:\d+)")[1]
+        line(process, "mine is ready: 4 streams of 512 positions")
+        answer = httpx.post(f"{address}/v1/completions", json={"prompt": "def f", "max_tokens": 4, "model": "mine"})
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] == 4
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+
+
+def test_d62_sigterm_drains_and_the_second_ends(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with serving("--uds", str(path)) as process:
+        line(process, "is ready")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with at(path) as client, client.stream("POST", "/v1/chat/completions", json=LONG) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            line(process, "SIGTERM")
+            with at(path) as other:
+                until(lambda: other.get("/health").status_code == 503)
+                assert other.get("/live").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+    assert not path.exists()
+
+
+def test_d62_after_the_timeout_streams_end_with_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with serving("--uds", str(path), "--shutdown-timeout", "0.1") as process:
+        line(process, "is ready")
+        with at(path) as client, client.stream("POST", "/v1/chat/completions", json=LONG) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            line(process, "SIGTERM")
+            time.sleep(0.5)
+            *_, last = [text for text in lines if text]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
+        assert process.wait(60) == 0
+
+
+def test_d63_what_a_killed_server_left_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with serving("--uds", str(path)) as process:
+        line(process, "is ready")
+        with serving("--uds", str(path)) as second:
+            assert second.wait(60) == 2
+            line(second, "another server listens there")
+        process.kill()
+        process.wait(60)
+    assert path.exists()
+    with serving("--uds", str(path)) as process, at(path) as client:
+        line(process, "is ready")
+        assert client.get("/health").status_code == 200
+    path.unlink()
+    path.write_text("kept")
+    with serving("--uds", str(path)) as process:
+        assert process.wait(60) == 2
+    assert path.read_text() == "kept"
+
+
+def test_d65_the_key_may_come_from_the_environment(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with serving("--uds", str(path), FLASHFORMER_API_KEY="k") as process, at(path) as client:
+        line(process, "is ready")
+        assert client.get("/health").status_code == 401
+        assert client.get("/health", headers={"authorization": "Bearer k"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--host", "0.0.0.0"), "--api-key or FLASHFORMER_API_KEY"),
+        (("--host", "::"), "--api-key or FLASHFORMER_API_KEY"),
+        (("--host", "no.such.host.invalid"), "no such address"),
+        (("--port", "70000"), "port=70000"),
+        (("--max-waiting", "-1"), "max_waiting=-1"),
+        (("--shutdown-timeout", "nan"), "shutdown_timeout"),
+        (("--streams", "17"), "streams"),
+        (("--api-key", "two words"), "API key"),
+    ],
+)
+def test_d66_what_cannot_be_served_is_said(options: tuple[str, ...], says: str) -> None:
+    with serving("--port", "0", *options) as process:
+        line(process, says)
+        assert process.wait(60) == 2
+
+
+def test_a_model_that_is_none_is_the_users_error(tmp_path: Path) -> None:
+    with serving("--port", "0", model=str(tmp_path / "none"), HF_HUB_OFFLINE="1") as process:
+        line(process, "LoadError|RequestError")
+        assert process.wait(60) == 2
