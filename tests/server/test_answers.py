@@ -177,9 +177,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("max_tokens", [0, 1, 3])
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_gives_the_prompt_and_its_log_probabilities(
-    here: Running, llm: ff.LLM, monkeypatch: pytest.MonkeyPatch, max_tokens: int, stream: bool
+    here: Running, llm: ff.LLM, max_tokens: int, stream: bool
 ) -> None:
-    monkeypatch.setattr(ff.LLM, "warm", lambda self, ids: len(ids), raising=False)
     text = "día: x"
     ids = llm.tokenizer.encode(text)
     asked = {"prompt": text, "echo": True, "logprobs": 2, "max_tokens": max_tokens, "ignore_eos": True}
@@ -285,22 +284,22 @@ def test_b35_nothing_of_a_stop_string_goes_out(here: Running, llm: ff.LLM) -> No
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_max_tokens_0_fills_the_cache_and_makes_nothing(
-    here: Running, llm: ff.LLM, monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
-    warmed: list[list[int]] = []
-    monkeypatch.setattr(ff.LLM, "warm", lambda self, ids: (warmed.append(ids), 2)[1], raising=False)
-    asked = {"messages": CHAT, "max_tokens": 0}
-    if stream:
-        chunks = here.events(CHATS, **asked, stream_options={"include_usage": True})
-        assert text_of(chunks) == ""
-        usage, reason = chunks[-2]["usage"], chunks[-3]["choices"][0]["finish_reason"]
-    else:
-        body = here.post(CHATS, **asked).json()
-        assert body["choices"][0]["message"]["content"] == ""
-        usage, reason = body["usage"], body["choices"][0]["finish_reason"]
-    assert warmed == [llm.chat_ids(CHAT)]
-    assert (usage["completion_tokens"], usage["prompt_tokens_details"], reason) == (0, {"cached_tokens": 2}, "length")
+def test_max_tokens_0_fills_the_cache_and_makes_nothing(here: Running, llm: ff.LLM, stream: bool) -> None:
+    asked = {"messages": [{"role": "user", "content": f"to be read beforehand, {stream}"}], "max_tokens": 0}
+    for again in (False, True):
+        if stream:
+            chunks = here.events(CHATS, **asked, stream_options={"include_usage": True})
+            assert text_of(chunks) == ""
+            usage, reason = chunks[-2]["usage"], chunks[-3]["choices"][0]["finish_reason"]
+        else:
+            body = here.post(CHATS, **asked).json()
+            assert body["choices"][0]["message"]["content"] == ""
+            usage, reason = body["usage"], body["choices"][0]["finish_reason"]
+        assert (usage["completion_tokens"], reason) == (0, "length")
+        n, cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+        assert cached == n if again else cached < n
+    after = here.post(CHATS, **{**asked, "max_tokens": 1}).json()["usage"]
+    assert after["prompt_tokens_details"]["cached_tokens"] == after["prompt_tokens"] - 1 == n - 1
 
 
 def test_generation_config_gives_the_defaults(tmp_path: Path) -> None:
