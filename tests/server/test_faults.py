@@ -258,7 +258,7 @@ def test_d60_a_thousand_at_once(folder: Path) -> None:
 
 
 def test_d61_who_sends_no_request_is_cut_off(llm: ff.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "HEADERS_S", 0.3)
+    monkeypatch.setattr(main, "HEADERS_S", 2.0)
     with running(llm, tmp_path) as here:
         silent, slow, second = connect(here), connect(here), connect(here)
         second.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
