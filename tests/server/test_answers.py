@@ -234,12 +234,39 @@ def test_several_prompts_get_an_answer_each(here: Running, llm: ff.LLM, stream: 
         assert body["usage"]["prompt_tokens"] == sum(len(llm.tokenizer.encode(prompt)) for prompt in prompts)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_choices_are_those_of_seeds_in_a_row(here: Running, llm: ff.LLM, stream: bool) -> None:
+    asked = {"prompt": [PROMPT, "class "], "n": 2, "seed": 2**64 - 1, "temperature": 1.0, "max_tokens": 6}
+    expected = [
+        llm.generate(prompt, temperature=1.0, max_tokens=6, seed=seed).text
+        for prompt in (PROMPT, "class ")
+        for seed in (2**64 - 1, 0)
+    ]
+    assert len(set(expected)) == 4
+    if stream:
+        events = here.events(COMPLETIONS, **asked, stream_options={"include_usage": True})
+        texts, usage = [""] * 4, events[-2]["usage"]
+        for event in events[:-1]:
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["text"]
+    else:
+        body = here.post(COMPLETIONS, **asked).json()
+        texts, usage = [choice["text"] for choice in body["choices"]], body["usage"]
+    assert texts == expected
+    assert usage["completion_tokens"] == 4 * 6
+    assert usage["prompt_tokens"] == sum(len(llm.tokenizer.encode(prompt)) for prompt in (PROMPT, "class "))
+    assert here.post(COMPLETIONS, prompt=PROMPT, n=3).json()["error"]["param"] == "n"  # there are two streams
+
+
 def test_b25_what_the_context_cannot_hold_is_cut_and_said(here: Running, llm: ff.LLM) -> None:
     ctx = llm.setup.target.ctx
     body = here.post(COMPLETIONS, prompt=[5] * (ctx - 3), max_tokens=100, ignore_eos=True).json()
     assert body["choices"][0]["finish_reason"] == "length"
     assert body["usage"]["completion_tokens"] == 3
     assert body["timings"]["max_tokens_clamped"]
+    by_default = here.post(COMPLETIONS, prompt=[5] * (ctx - 3), ignore_eos=True).json()
+    assert by_default["usage"]["completion_tokens"] == 3
+    assert by_default["timings"]["max_tokens_clamped"]
 
 
 def test_b24_a_prompt_longer_than_the_context_is_refused_with_both_numbers(here: Running, llm: ff.LLM) -> None:

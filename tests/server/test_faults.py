@@ -139,7 +139,7 @@ def test_d58_gone_while_waiting(here: Running, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("when", ["prefill", "decode"])
+@pytest.mark.parametrize("when", ["prefill", "decode", "warm"])
 def test_d58_gone_while_running(llm: ff.LLM, here: Running, gate: Gate, stream: bool, when: str) -> None:
     """The slot is free within one forward, and who else is on the way gets what it would get."""
     chunk = llm.setup.prompt_chunk
@@ -147,7 +147,8 @@ def test_d58_gone_while_running(llm: ff.LLM, here: Running, gate: Gate, stream: 
     gate.shut()
     first = len(gate.n_rows)
     prompt = [5] * (3 * chunk + 1) if 3 * chunk < 400 else [5] * 300
-    body = {"prompt": prompt if when == "prefill" else [5], "max_tokens": 200, "ignore_eos": True, "stream": stream}
+    body = {"prompt": [5] if when == "decode" else prompt, "max_tokens": 200, "ignore_eos": True, "stream": stream}
+    body |= {"max_tokens": 0} if when == "warm" else {}
     leaving = sent(here, COMPLETIONS, **body)
     until(lambda: gate.n_asked > 0 and here.n_running == 1)
     if when == "decode":

@@ -121,6 +121,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("stream_options", {"include_usage": True}, "stream_options"),
     ("n", 0, "n"),
     ("n", -1, "n"),
+    ("n", 9, "n"),
     ("n", 10**9, "n"),
     ("n", True, "n"),
     ("best_of", 2, "best_of"),
@@ -179,7 +180,7 @@ def test_b32_unknown_fields_are_named() -> None:
         assert (error["param"], error["code"]) == ("temprature", "unknown_parameter")
         error = refusal(read, json.dumps({**body, "stream": True, "stream_options": {"x": 1}}).encode())
         assert error["param"] == "stream_options.x"
-        assert refusal(read, json.dumps({**body, "n": 2}).encode())["code"] == "unsupported_parameter"
+        assert refusal(read, json.dumps({**body, "best_of": 2}).encode())["code"] == "unsupported_parameter"
     assert refusal(read_chat, b"{}")["code"] == "missing_required_parameter"
     assert refusal(read_chat, json.dumps({"messages": MESSAGES, "prompt": "x"}).encode())["param"] == "prompt"
 

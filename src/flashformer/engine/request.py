@@ -106,7 +106,7 @@ class Request:
     """A validated request of one model, every setting decided."""
 
     ids: NDArray[np.int32]  # (n_prompt) token ids, 1 <= n_prompt < ctx
-    max_tokens: int  # at most ctx - n_prompt
+    max_tokens: int  # at most ctx - n_prompt; 0: the prompt is computed and no token made
     temperature: float  # 0: greedy
     top_k: int
     top_p: float

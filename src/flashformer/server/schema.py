@@ -15,10 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from ..engine.request import LIMITS, SamplingSettings, is_batch, shown, stop_strings, template_variables, unicode_text
+from ..engine.request import (
+    LIMITS,
+    SamplingSettings,
+    integer,
+    is_batch,
+    shown,
+    stop_strings,
+    template_variables,
+    unicode_text,
+)
 from ..errors import RequestError
 from .errors import ApiError, invalid
-from .options import MAX_PROMPTS
+from .options import MAX_CHOICES, MAX_PROMPTS
 
 if TYPE_CHECKING:
     from ..engine import LLM
@@ -44,7 +53,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "function_call": (None, "none"),
     "functions": (None, []),
     "modalities": (None, ["text"]),
-    "n": (None, 1),
     "prediction": (None,),
     "presence_penalty": (None, 0, 0.0),
     "reasoning_effort": (None,),
@@ -90,6 +98,7 @@ class Body(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
 
     model: str | None = None
     max_tokens: int | None = None  # 0: the prompt is read into the cache and no token is made
+    n: int | None = None  # choices for each prompt, with seed, seed + 1, ...
     temperature: float | None = None  # 0: greedy
     top_k: int | None = None
     top_p: float | None = None
@@ -133,6 +142,7 @@ class Ask:
     model: str | None
     prompts: Callable[[LLM], list[Prompt]]  # raises RequestError
     settings: SamplingSettings
+    n: int  # choices for each prompt
     warm: bool  # no token is wanted
     stream: bool
     include_usage: bool
@@ -198,6 +208,7 @@ def _common(body: Body, max_tokens: int | None, logprobs: int | None) -> dict[st
     return {
         "model": body.model,
         "settings": settings,
+        "n": 1 if body.n is None else integer("n", body.n, (1, MAX_CHOICES)),
         "warm": max_tokens == 0,
         "stream": bool(body.stream),
         "include_usage": bool(body.stream_options and body.stream_options.include_usage),

@@ -28,7 +28,7 @@ from ..version import __version__
 from .admission import Admission
 from .answers import ChatAnswer, CompletionAnswer, error_event
 from .bridge import Bridge, Gone
-from .errors import CLOSE, RETRY, ApiError, api_error
+from .errors import CLOSE, RETRY, ApiError, api_error, invalid
 from .guard import Bodies, ClientGone, read_body, unless_gone
 from .metrics import Live, Metrics
 from .options import ServerOptions
@@ -176,7 +176,7 @@ class Service:
                 account = held.enter_context(self._bodies.account())
                 ask = read(await read_body(request, account, self.options))
                 loaded = self.require_ready()
-                self._require_model(ask, loaded.llm)
+                self._require_possible(ask, loaded.llm)
                 deadline = self._loop.time() + self.options.request_s
                 bridge = Bridge(self._loop, self.options.buffer_bytes)
                 self._jobs[bridge] = self._work(ask, loaded)
@@ -201,11 +201,13 @@ class Service:
         headers = {**RETRY, **(CLOSE if close else {})}
         return ApiError(503, _SAYS[self.state], code=self.state.value, headers=headers)
 
-    def _require_model(self, ask: Ask, llm: LLM) -> None:
+    def _require_possible(self, ask: Ask, llm: LLM) -> None:
         names = dict.fromkeys((self.options.model_name, llm.name))
         if ask.model is not None and ask.model not in names:
             message = f"model {ask.model!r}: not served here; expected {self.options.model_name!r}, or leave it out"
             raise ApiError(404, message, code="model_not_found", param="model")
+        if ask.n > llm.setup.target.streams:
+            raise invalid(f"n={ask.n}: there are {llm.setup.target.streams} streams, and no more choices", "n")
 
     def _work(self, ask: Ask, loaded: Loaded) -> Work:
         kind = ChatAnswer if ask.chat else CompletionAnswer

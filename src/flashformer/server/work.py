@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ..engine import Output, Piece, Stream
 from ..engine.logprobs import TokenLogprobs, token_logprobs
+from ..engine.request import DEFAULT_MAX_TOKENS, LIMITS
 from .answers import Answer, Done, speed
 from .bridge import Bridge, Gone
 from .metrics import Metrics
@@ -18,6 +19,7 @@ from .tokens import Entry, Placing
 
 if TYPE_CHECKING:
     from ..engine import LLM
+    from ..engine.prompts import Prompt
 
 SPEED_TOKENS = 16  # every so many, a chunk of a stream says how fast it is
 
@@ -84,17 +86,23 @@ class Work:
             metrics.latency.observe(perf_counter() - self._arrived)
 
     def _run(self, bridge: Bridge) -> None:
-        prompts = self._ask.prompts(self._llm)
+        prompts = [(prompt, choice) for prompt in self._ask.prompts(self._llm) for choice in range(self._ask.n)]
         bridge.check()
-        streams = [self._llm.start(prompt, self._ask.settings) for prompt in prompts]  # all are checked before one runs
+        streams = [self._start(prompt, choice) for prompt, choice in prompts]  # all are checked before one runs
         bridge.begin()
         done = [
-            self._one(bridge, index, prompt, stream)
-            for index, (prompt, stream) in enumerate(zip(prompts, streams, strict=True))
+            self._one(bridge, index, choice, prompt, stream)
+            for index, ((prompt, choice), stream) in enumerate(zip(prompts, streams, strict=True))
         ]
         bridge.put(self._answer.last(done) if self._ask.stream else self._answer.body(done))
 
-    def _one(self, bridge: Bridge, index: int, prompt: object, stream: Stream) -> Done:
+    def _start(self, prompt: Prompt, choice: int) -> Stream:
+        settings = self._ask.settings
+        if choice and settings.seed is not None:
+            settings = replace(settings, seed=(settings.seed + choice) % (LIMITS.seed[1] + 1))
+        return self._llm.start(prompt, settings, warm=self._ask.warm)
+
+    def _one(self, bridge: Bridge, index: int, choice: int, prompt: Prompt, stream: Stream) -> Done:
         with stream, bridge.cancelling(stream.close):
             ids = stream.output.prompt_token_ids
             self._pace = Pace(self._llm.step_bytes, len(ids))
@@ -103,14 +111,8 @@ class Work:
             if self._ask.echo:
                 text = prompt if isinstance(prompt, str) else self._answer.vocabulary.decode(ids)
                 said.add(text, self._prompt_entries(bridge, ids, placing))
-            if self._ask.warm:
-                cached, output = self._llm.warm(ids), None
-                bridge.check()
-            else:
-                self._generate(bridge, stream, said, placing)
-                output = stream.output
-                cached = output.cached_tokens
-        done = self._done(index, len(ids), cached, output, said)
+            self._generate(bridge, stream, said, placing)
+        done = self._done(index, choice, stream.output, said)
         self._count(done)
         said.finish(done)
         return done
@@ -148,19 +150,21 @@ class Work:
                         entries.append(placing.entry(ids[position], token_logprobs(row, ids[position], n_top)))
         return entries
 
-    def _done(self, index: int, n_prompt: int, cached: int, output: Output | None, said: _Said | _Kept) -> Done:
-        asked = self._ask.settings.max_tokens
-        room = self._llm.setup.target.ctx - n_prompt
+    def _done(self, index: int, choice: int, output: Output, said: _Said | _Kept) -> Done:
+        warm, n_prompt = self._ask.warm, len(output.prompt_token_ids)
+        asked = 0 if warm else self._ask.settings.max_tokens or DEFAULT_MAX_TOKENS
         return Done(
             index=index,
+            choice=choice,
             text="".join(said.texts),
             entries=None if self._ask.settings.logprobs is None else said.entries,
-            finish_reason="length" if output is None else output.finish_reason,
+            finish_reason=output.finish_reason,
             n_prompt=n_prompt,
-            n_new=0 if output is None else len(output.token_ids),
-            cached=cached,
-            timing=None if output is None else output.timing,
-            clamped=asked is not None and output is not None and asked > room,
+            n_new=len(output.token_ids),
+            cached=output.cached_tokens,
+            cache_miss=output.cache_miss,
+            timing=None if warm else output.timing,
+            clamped=asked > self._llm.setup.target.ctx - n_prompt,
             queue_ms=1e3 * self._queue_s,
             measured_gb_s=self._measured_gb_s,
         )
