@@ -47,20 +47,23 @@ class Gate:
         self._forward, self._permits, self._is_open = llm.kernel.forward, threading.Semaphore(0), True
         self.n_rows: list[int] = []  # of the forwards that were run
         self.n_asked = 0
-        self.error: Exception | None = None  # raised instead of running
+        self._errors: list[Exception] = []  # raised instead of running
         llm.kernel.forward = self  # type: ignore[method-assign,assignment]
 
     def __call__(self, n_rows: int, *again: Any) -> None:
         self.n_asked += 1
         if not self._is_open:
             assert self._permits.acquire(timeout=BOUND_S)
-        if self.error is not None:
-            raise self.error
+        if self._errors:
+            raise self._errors.pop()
         self.n_rows.append(n_rows)
         self._forward(n_rows, *again)
 
     def shut(self) -> None:
         self._permits, self._is_open = threading.Semaphore(0), False
+
+    def fail(self, error: Exception, times: int = 1000) -> None:
+        self._errors = [error] * times
 
     def let(self, n: int) -> None:
         self._permits.release(n)

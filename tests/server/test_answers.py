@@ -310,6 +310,40 @@ def test_b35_nothing_of_a_stop_string_goes_out(here: Running, llm: ff.LLM) -> No
     assert (choice["text"], choice["finish_reason"]) == (expected, "stop")
 
 
+def test_b35_nothing_of_a_stop_string_stands_in_the_log_probabilities(here: Running, llm: ff.LLM) -> None:
+    asked: dict[str, Any] = {"temperature": 1.0, "max_tokens": 40, "ignore_eos": True}
+    for seed in range(200):  # until four tokens in a row are ASCII, one each
+        ids = llm.generate(PROMPT, seed=seed, **asked).token_ids
+        begins = [i for i in range(1, 37) if llm.tokenizer.decode(ids[i - 1 : i + 3]).isascii()]
+        if begins and len(stop := llm.tokenizer.decode(ids[begins[0] : begins[0] + 3])) == 3:
+            break
+    asked |= {"prompt": PROMPT, "seed": seed, "stop": stop, "logprobs": 2}
+    whole = here.post(COMPLETIONS, **asked).json()["choices"][0]
+    chunks = [event["choices"][0]["logprobs"] for event in here.events(COMPLETIONS, **asked)[:-1]]
+    streamed = [name for logprobs in chunks if logprobs for name in logprobs["tokens"]]
+    assert whole["finish_reason"] == "stop"
+    assert len(whole["logprobs"]["tokens"]) == begins[0]
+    assert streamed == whole["logprobs"]["tokens"]
+
+
+def test_the_log_probabilities_of_one_answer_are_bounded(here: Running) -> None:
+    few: dict[str, Any] = {"prompt": [5] * 400, "logprobs": 20, "echo": True}
+    assert here.post(COMPLETIONS, **few, max_tokens=1).status_code == 200
+    for body in (
+        {**few, "prompt": [[5] * 400] * 16, "n": 2, "max_tokens": 100},
+        {**few, "prompt": [[5]] * 16, "n": 2, "max_tokens": 500, "echo": False},
+    ):
+        answer = here.post(COMPLETIONS, **body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logprobs")
+
+
+def test_d60_who_asks_again_after_an_answer_finds_a_place(folder: Path, tmp_path: Path) -> None:
+    with load(folder, streams=1) as llm, running(llm, tmp_path, max_waiting=0) as here:
+        for stream in (False, True):
+            found = {here.post(COMPLETIONS, prompt="a", max_tokens=1, stream=stream).status_code for _ in range(60)}
+            assert found == {200}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_max_tokens_0_fills_the_cache_and_makes_nothing(here: Running, llm: ff.LLM, stream: bool) -> None:
     asked = {"messages": [{"role": "user", "content": f"to be read beforehand, {stream}"}], "max_tokens": 0}
