@@ -215,13 +215,14 @@ class _Said:
 
     def __init__(self, bridge: Bridge, answer: Answer, index: int) -> None:
         self._bridge, self._answer, self._index = bridge, answer, index
+        self._is_mute = not answer.vocabulary.has_text  # then a token's event is empty, and still says that it came
         self.texts: list[str] = []  # nothing is kept
         self.entries: list[Entry] = []
         if first := answer.first(index):
             bridge.put(first)
 
     def add(self, text: str, entries: list[Entry] | None, **further: Any) -> None:
-        if text or entries or further:
+        if text or entries or further or self._is_mute:
             self._bridge.put(self._answer.chunk(self._index, text, entries, **further))
 
     def finish(self, done: Done) -> None:
