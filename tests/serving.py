@@ -73,8 +73,9 @@ class Gate:
 class Running:
     """A server, how it stands, and a client of it."""
 
-    def __init__(self, server: main.Server, service: Service, path: Path) -> None:
+    def __init__(self, server: main.Server, service: Service, path: Path, port: int | None) -> None:
         self.server, self.service, self.path = server, service, path
+        self.url = f"http://127.0.0.1:{port}"  # where it listens there, too
         self.client = httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://server", timeout=60)
 
     @property
@@ -120,16 +121,16 @@ def read_events(response: httpx.Response) -> Iterator[Any]:
 
 @contextmanager
 def running(
-    source: ff.LLM | Callable[[], ff.LLM], folder: Path, *, wait: bool = True, **options: Any
+    source: ff.LLM | Callable[[], ff.LLM], folder: Path, *, wait: bool = True, tcp: bool = False, **options: Any
 ) -> Iterator[Running]:
-    """At a socket in `folder`. `wait`: until it is ready."""
+    """At a socket in `folder`. `wait`: until it is ready. `tcp`: also at a free port of the loopback address."""
     path = folder / "socket"
     app = make_app(source, ServerOptions(**{"model_name": NAME, "any_host": True, **options}))
     server = main.Server(main._config(app), app.state.service)
-    sockets = [main._unix_socket(str(path))]
+    sockets = [main._unix_socket(str(path)), *([socket.create_server(("127.0.0.1", 0))] if tcp else [])]
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)))
     thread.start()
-    here = Running(server, app.state.service, path)
+    here = Running(server, app.state.service, path, sockets[1].getsockname()[1] if tcp else None)
     try:
         until(lambda: server.started)
         until(lambda: not wait or here.service.state in (State.READY, State.BROKEN))
