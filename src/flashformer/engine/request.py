@@ -288,8 +288,8 @@ def template_variables(given: object) -> dict[str, Any]:
     if len(given) > LIMITS.template_variables:
         raise RequestError(f"template_variables: {len(given)}, at most {LIMITS.template_variables} are accepted")
     for name, value in given.items():
-        if not isinstance(name, str) or name in _RESERVED_VARIABLES:
-            raise RequestError(f"template_variables: name {shown(name)}: expected text, none of {_RESERVED_VARIABLES}")
+        if not isinstance(name, str) or name in RESERVED_VARIABLES:
+            raise RequestError(f"template_variables: name {shown(name)}: expected text, none of {RESERVED_VARIABLES}")
         if not isinstance(value, str | int | float | None):
             raise RequestError(
                 f"template_variables[{shown(name)}]={shown(value)}: expected text, a number, True, False or None"
@@ -297,7 +297,7 @@ def template_variables(given: object) -> dict[str, Any]:
     return dict(given)
 
 
-_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt")
+RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt")
 
 
 def token_ids(ids: Sequence[object] | NDArray[np.integer], vocab_size: int, ctx: int) -> NDArray[np.int32]:

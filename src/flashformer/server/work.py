@@ -160,12 +160,12 @@ class Work:
                 if pace.note(now):
                     known = {"timings": {"tok_s": pace.tok_s, **speed(pace.gb_s, self._measured_gb_s)}}
             held += _entries(piece, placing, stop_ids)
-            if piece.text or known or not held:
-                said.add(piece.text, held or None, **known)
-                held = []
+            due = held if piece.text or not settings.stops else []
+            said.add(piece.text, due or None, **known)
+            held = held[len(due) :]
         bridge.check()  # closed, the stream has ended early
-        if stream.output.stop is None:
-            said.add("", held or None)
+        if held and stream.output.stop is None:
+            said.add("", held)
 
     def _prompt_entries(self, bridge: Bridge, ids: list[int], placing: Placing) -> list[Entry]:
         """Of every token of the prompt, what the tokens before it made of it; none where that was not asked for."""
