@@ -274,15 +274,10 @@ def test_a_key_that_is_wrong(browser: Browser, llm: ff.LLM, tmp_path: Path) -> N
         assert key.input_value() == KEY
 
 
-def cut(here: Running) -> None:
-    for connection in list(here.server.server_state.connections):
-        connection.transport.abort()
-
-
-BREAKS: dict[str, Callable[[Running], object]] = {
-    "NaN in layer 3": lambda _: None,  # the engine's error
-    "The connection was lost": lambda here: here.server._loop.call_soon_threadsafe(here.service.abort),
-    "The answer broke off": lambda here: here.server._loop.call_soon_threadsafe(cut, here),
+BREAKS: dict[str, Callable[[Running, Gate], object]] = {
+    "NaN in layer 3": lambda _, gate: gate.fail(ff.NumericalError("NaN in layer 3", 3), times=1),
+    "The connection was lost": lambda here, _: [job.close() for job in here.service._jobs],
+    "The answer broke off": lambda here, _: [line.transport.abort() for line in here.server.server_state.connections],
 }
 
 
@@ -293,15 +288,15 @@ def test_a_stream_that_breaks_off(visit: Visit, llm: ff.LLM, here: Running, gate
     visit.say(PROMPT)
     gate.let(30)
     part = visit.some_text()
-    gate.error = ff.NumericalError(says, 3) if "NaN" in says else None
-    BREAKS[says](here)
+    broken = threading.Event()
+    here.server._loop.call_soon_threadsafe(lambda: (BREAKS[says](here, gate), broken.set()))
+    assert broken.wait(60)
     gate.let(4)
     visit.refused("Error", says)
     assert visit.text.startswith(part)
     assert expected.startswith(visit.text)
     expect(visit.note).to_contain_text("cut off")
     here.idle()
-    gate.error = None
     gate.open()
     visit.again(expected)
 
