@@ -146,6 +146,7 @@ class Work:
     def _generate(self, bridge: Bridge, stream: Stream, said: _Said | _Kept, placing: Placing) -> None:
         metrics, settings, pace = self._metrics, self._ask.settings, self._pace
         stop_ids = () if settings.ignore_eos else self._llm.spec.eos_ids
+        mute = not self._answer.vocabulary.has_text  # then a token's event is empty, and still says that it came
         before, held = None, list[Entry]()  # of tokens whose text is held back, which a stop string may cut off
         for piece in stream:
             now = perf_counter()
@@ -160,8 +161,8 @@ class Work:
                 if pace.note(now):
                     known = {"timings": {"tok_s": pace.tok_s, **speed(pace.gb_s, self._measured_gb_s)}}
             held += _entries(piece, placing, stop_ids)
-            if piece.text or known or not held:
-                said.add(piece.text, held or None, **known)
+            if piece.text or known or mute or not held:
+                said.add(piece.text, held or None, even_empty=mute, **known)
                 held = []
         bridge.check()  # closed, the stream has ended early
         if stream.output.stop is None:
@@ -215,14 +216,13 @@ class _Said:
 
     def __init__(self, bridge: Bridge, answer: Answer, index: int) -> None:
         self._bridge, self._answer, self._index = bridge, answer, index
-        self._is_mute = not answer.vocabulary.has_text  # then a token's event is empty, and still says that it came
         self.texts: list[str] = []  # nothing is kept
         self.entries: list[Entry] = []
         if first := answer.first(index):
             bridge.put(first)
 
-    def add(self, text: str, entries: list[Entry] | None, **further: Any) -> None:
-        if text or entries or further or self._is_mute:
+    def add(self, text: str, entries: list[Entry] | None, *, even_empty: bool = False, **further: Any) -> None:
+        if text or entries or further or even_empty:
             self._bridge.put(self._answer.chunk(self._index, text, entries, **further))
 
     def finish(self, done: Done) -> None:
