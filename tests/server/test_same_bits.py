@@ -146,6 +146,12 @@ def neighbour(here: Running, draw: Random, vocab_size: int) -> None:
         here.post(COMPLETIONS, prompt=other, max_tokens=1)
 
 
+def n_on_their_way(llm: ff.LLM) -> int:
+    """Sequences that the next forward may have."""
+    sequences = [ref() for ref in llm._batch._sequences]
+    return sum(one is not None and not one.over for one in sequences)
+
+
 class Watched(Gate):
     def __init__(self, llm: ff.LLM) -> None:
         super().__init__(llm)
@@ -193,7 +199,7 @@ class Checked:
         chosen = [i for i, ask in enumerate(ASKS) if ask.settings.get("ignore_eos")][:STREAMS]
         with ThreadPoolExecutor(STREAMS) as pool:
             futures = [pool.submit(self.ask, index, i % 2 == 0) for i, index in enumerate(chosen)]
-            until(lambda: not any(slot.is_free for slot in llm._slots._slots))
+            until(lambda: n_on_their_way(llm) == STREAMS)
             gate.open()
             for future in futures:
                 future.result()

@@ -43,10 +43,12 @@ def test_every_token_is_an_event(here: Running) -> None:
 
 
 def test_log_probabilities_name_the_ids(here: Running, llm: ff.LLM) -> None:
-    expected = llm.generate(IDS, max_tokens=N, ignore_eos=True).token_ids
+    made = llm.generate(IDS, max_tokens=N, ignore_eos=True).token_ids
+    expected = [f"token_id:{token_id}" for token_id in made]
     asked = {"prompt": IDS, "max_tokens": N, "ignore_eos": True, "logprobs": 1}
-    names = here.post(COMPLETIONS, **asked).json()["choices"][0]["logprobs"]["tokens"]
-    assert names == [f"token_id:{token_id}" for token_id in expected]
+    assert here.post(COMPLETIONS, **asked).json()["choices"][0]["logprobs"]["tokens"] == expected
+    choices = [choice for event in here.events(COMPLETIONS, **asked)[:-1] for choice in event["choices"]]
+    assert [choice["logprobs"]["tokens"] for choice in choices[:-1]] == [[name] for name in expected]
 
 
 @pytest.mark.parametrize("stream", [False, True])
