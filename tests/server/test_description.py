@@ -89,13 +89,13 @@ def test_every_answer_is_as_described(here: Running, described: dict[str, Any], 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("phase", ["examples", "coverage", "fuzzing", "stateful"])
+@pytest.mark.parametrize("phase", ["coverage", "fuzzing"])
 def test_every_answer_is_as_described_again_and_again(
     here: Running, described: dict[str, Any], tmp_path: Path, phase: str
 ) -> None:
-    report = witness(here, described, tmp_path, "--phases", phase, "--max-examples", "1000")
-    if phase in ("coverage", "fuzzing"):
-        assert report["test_cases"]["generated"] > 1000
+    report = witness(here, described, tmp_path, "--phases", phase, "--max-examples", "300")
+    assert report["test_cases"]["generated"] > 900
+    assert all(report["valid_rates"][f"POST {path}"][phase]["accepted"] > 150 for path in WORK)
 
 
 def validator(described: dict[str, Any], name: str) -> Draft202012Validator:

@@ -202,8 +202,12 @@ def _bound(schema: Json, bounds: Mapping[str, Json]) -> None:
 
 def _depend(schema: Json, **pairs: str) -> None:
     """The first field of a pair may be given only where the second one is true."""
-    schema["allOf"] = [
-        {"anyOf": [{"properties": {first: {"type": "null"}}},
-                   {"properties": {second: {"const": True}}, "required": [second]}]}
+    schema["dependentSchemas"] = {
+        first: {
+            "anyOf": [
+                {"properties": {first: {"type": "null"}}},
+                {"properties": {second: {"const": True}}, "required": [second]},
+            ]
+        }
         for first, second in pairs.items()
-    ]  # fmt: skip
+    }
