@@ -183,16 +183,16 @@ def test_one_character_decides_among_special_tokens() -> None:
 def test_a_long_text_is_searched_piece_by_piece() -> None:
     """Other threads run between the pieces."""
 
-    class Recorded:
-        spans: list[int] = []
+    spans: list[int] = []
 
+    class Recorded:
         def finditer(self, text: str, begin: int, end: int) -> Iterator[re.Match[str]]:
-            self.spans.append(min(end, len(text)) - begin)
+            spans.append(min(end, len(text)) - begin)
             return compiled.whole.finditer(text, begin, end)
 
     compiled = chats_of._compiled(MANY)
     recorded = dataclasses.replace(compiled, whole=Recorded())  # type: ignore[arg-type]
     text = "[control_7" * 30_000 + "]"
     assert list(recorded.found(text)) == [(len(text) - 11, len(text))]
-    assert len(Recorded.spans) >= 4
-    assert max(Recorded.spans) <= 70_000
+    assert len(spans) >= 4
+    assert max(spans) <= 70_000

@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from .template import ChatTemplate
+from .template import MAX_VALUE_DEPTH, ChatTemplate
 
 if TYPE_CHECKING:
     import tokenizers
@@ -53,13 +52,17 @@ class ChatEncoder:
         tools: Sequence[Mapping[str, Any]] | None,
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
+        check: Callable[[int], object] = int,
     ) -> list[int]:
-        """Token ids of a rendered conversation. Raises RequestError."""
-        mark = _free_mark(template.source, messages, tools, variables)
+        """Token ids of a rendered conversation. `check`: see Tokenizer.chat_ids. Raises RequestError."""
+        texts = list(_texts((messages, tools, variables)))
+        check(sum(map(len, texts)))
+        mark = _free_mark(template.source, *texts)
         marks = Marks(frozenset(self._special.values()), mark)
         text = template.render_with(
             marks.put, messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
         )
+        check(len(text) - text.count(mark))
         if not marks.used:
             return list(self._inner.encode(text, add_special_tokens=False).ids)
         # Where tojson writes ASCII only, it has spelled the mark.
@@ -198,7 +201,8 @@ def _longest(words: Collection[str], levels: int) -> str:
         return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
     branches = []
     for first, rests in sorted(_by_first(words).items()):
-        common = commonprefix(rests)
+        low, high = min(rests), max(rests)
+        common = low[: next((i for i, c in enumerate(low) if not high.startswith(c, i)), len(low))]
         further = _longest({rest[len(common) :] for rest in rests}, levels - 1) if len(rests) > 1 else ""
         branches.append(re.escape(first + common) + further)
     return f"(?:{'|'.join(branches)}){'?' if '' in words else ''}" if branches else ""
@@ -216,24 +220,23 @@ def _odd(part: str) -> bool:
     return re.fullmatch(r"[\w-]*", part) is None
 
 
-def _free_mark(*values: Any) -> str:
+def _free_mark(*texts: str) -> str:
     """A noncharacter that appears nowhere in the conversation."""
-    taken: set[str] = set()
-
-    def look(value: Any) -> None:
-        if isinstance(value, str):
-            taken.update(c for c in _NONCHARACTERS if c in value)
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                look(key)
-                look(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                look(item)
-
-    for value in values:
-        look(value)
-    free = next((c for c in _NONCHARACTERS if c not in taken), None)
+    free = next((c for c in _NONCHARACTERS if not any(c in text for text in texts)), None)
     if free is None:
         raise RequestError("the conversation uses every noncharacter from U+FDD0 to U+FDEF: remove one of them")
     return free
+
+
+def _texts(value: Any, depth: int = -2) -> Iterator[str]:
+    """Every text in the value, names included. Messages, tools and variables are at depth 0."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | Sequence):
+        if depth == MAX_VALUE_DEPTH:
+            raise RequestError(f"messages, tools or variables: nested more than {MAX_VALUE_DEPTH} deep")
+        for item in value:
+            yield from _texts(item, depth + 1)
+        if isinstance(value, Mapping):
+            for item in value.values():
+                yield from _texts(item, depth + 1)

@@ -28,6 +28,8 @@ class Limits:
     """Hard bounds, both ends allowed."""
 
     prompt_chars: int = 8 << 20
+    chars_per_position: int = 64  # of the context, beyond `spare_chars`: longer text is not even encoded
+    spare_chars: int = 64 << 10
     max_tokens: tuple[int, int] = (1, 1 << 30)
     temperature: tuple[float, float] = (1e-6, 100.0)  # or 0, which is greedy
     top_k: tuple[int, int] = (0, 2**31 - 1)  # and no more than the vocabulary
@@ -272,11 +274,22 @@ def unicode_text(name: str, text: str) -> str:
     return text
 
 
-def prompt_text(text: str) -> str:
-    """Text that every tokenizer can encode. Raises RequestError."""
+def prompt_text(text: str, ctx: int) -> str:
+    """Text that every tokenizer can encode, and that may fit into `ctx` positions. Raises RequestError."""
     if len(text) > LIMITS.prompt_chars:
         raise RequestError(f"prompt of {len(text)} characters: at most {LIMITS.prompt_chars} are accepted")
+    require_chars("prompt", len(text), ctx)
     return unicode_text("prompt", text)
+
+
+def require_chars(name: str, n: int, ctx: int) -> None:
+    """Refuses text that is far too long for `ctx` positions before work is done for all of it. Raises RequestError."""
+    most = LIMITS.chars_per_position * ctx + LIMITS.spare_chars
+    if n > most:
+        raise RequestError(
+            f"{name} of {n} characters: too long for the context of {ctx}, for which at most {most} are read: "
+            "shorten it, or load with a larger ctx"
+        )
 
 
 def template_variables(given: object) -> dict[str, Any]:
