@@ -1,4 +1,4 @@
-"""What is refused of a body before it is read."""
+"""What is refused of a body before it is read, and how little of what was sent comes back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from flashformer.server.errors import api_error
 from flashformer.server.options import MAX_BODY_BYTES
 from flashformer.server.schema import MAX_DEPTH, MAX_NUMBERS, MAX_PARTS, read_chat, read_completion, read_object
 
+MESSAGES = b'{"messages": [{"role": "user", "content": "hi"}], '
 
 
 @contextmanager
@@ -135,3 +136,28 @@ def test_values_are_counted_as_they_are(value: dict[str, Any], ascii_only: bool)
         if n:
             with mock.patch.object(schema, name, n - 1), pytest.raises(Exception, match=r"at most"):
                 schema._require_bounded(data)
+
+
+LONG = b"A" * (1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("data", "begins"),
+    [
+        (MESSAGES + b'"' + LONG + b'": 1}', "AAAA"),
+        (MESSAGES + b'"x - at `$.' + LONG + b'": 1}', ""),
+        (MESSAGES + b'"stream_options": {"' + LONG + b'": 1}}', "stream_options.AAA"),
+        (b'{"messages": [{"role": "' + LONG + b'", "content": ""}]}', "messages[0].role: invalid enum value 'AAA"),
+        (b'{"messages": [{"role": "user", "content": "", "' + LONG + b'": ""}]}', "messages[0].AAA"),
+        (MESSAGES + b'"logit_bias": {"' + LONG + b'": 1}}', "logit_bias: name 'AAA"),
+        (MESSAGES + b'"tools": "' + LONG + b'"}', "tools='AAA"),
+        (MESSAGES + b'"a": {"' + LONG + b'": 1, "' + LONG + b'": 1}}', "the body has the name 'AAA"),
+        (MESSAGES + b'"seed": "' + LONG + b'"}', "seed: expected"),
+        (b'"' + LONG + b'"', "the body is 'AAA"),
+    ],
+)
+def test_little_of_what_was_sent_comes_back(data: bytes, begins: str) -> None:
+    error = refusal(read_chat, data)
+    assert error["message"].startswith(begins)
+    assert "..." in error["message"] or begins.startswith("seed")
+    assert len(json.dumps(error)) < 500

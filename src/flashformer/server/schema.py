@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 from ..engine.request import (
     LIMITS,
     SamplingSettings,
+    cut,
     integer,
     is_batch,
     shown,
@@ -333,11 +334,11 @@ def _require_neutral(name: str, value: object) -> None:
 def _refusal(message: str) -> ApiError:
     """msgspec's words in our order: the field first."""
     what, _, path = message.partition(" - at `$")
-    field = path.rstrip("`").removeprefix(".")
+    field = cut(path.rstrip("`").removeprefix("."))
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
-        name = f"{field}.{unknown[1]}" if field else unknown[1]
+        name = cut(f"{field}.{unknown[1]}" if field else unknown[1])
         return invalid(f"{name}: no such field; leave it out", name, code="unknown_parameter")
     if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
         name = f"{field}.{missing[1]}" if field else missing[1]
         return invalid(f"{name}: missing; it is required", name, code="missing_required_parameter")
-    return invalid(f"{field or 'body'}: {what[:1].lower()}{what[1:]}", field or None)
+    return invalid(f"{field or 'body'}: {what[:1].lower()}{cut(what[1:])}", field or None)
