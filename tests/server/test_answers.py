@@ -274,6 +274,7 @@ def test_b24_a_prompt_longer_than_the_context_is_refused_with_both_numbers(here:
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert (error["type"], error["param"]) == ("invalid_request_error", "prompt")
+        assert error["code"] == "context_length_exceeded"
         assert re.search(r"600 .* 512", error["message"])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import MAX_BIASES
-from ..errors import RequestError
+from ..errors import ContextError, RequestError
 from ..model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -319,7 +319,7 @@ def require_chars(name: str, n: int, ctx: int) -> None:
     """Refuses text that is far too long for `ctx` positions before work is done for all of it. Raises RequestError."""
     most = LIMITS.chars_per_position * ctx + LIMITS.spare_chars
     if n > most:
-        raise RequestError(
+        raise ContextError(
             f"{name} of {n} characters: too long for the context of {ctx}, for which at most {most} are read: "
             "shorten it, or load with a larger ctx"
         )
@@ -351,7 +351,7 @@ def token_ids(ids: Sequence[object] | NDArray[np.integer], vocab_size: int, ctx:
     if len(ids) == 0:
         raise RequestError("empty list of token ids: at least one is needed, for example the BOS id")
     if len(ids) > ctx:
-        raise RequestError(too_long(len(ids), ctx))
+        raise ContextError(too_long(len(ids), ctx))
     if isinstance(ids, np.ndarray) and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
         raise RequestError(f"token ids of shape {ids.shape}, {ids.dtype}: expected one dimension of integers")
     limits = (0, vocab_size - 1)
@@ -366,9 +366,9 @@ def clamp_tokens(max_tokens: object, n_prompt: int, ctx: int) -> int:
     """New tokens that may be made: what is asked, at most what the context leaves. Raises RequestError."""
     asked = DEFAULT_MAX_TOKENS if max_tokens is None else integer("max_tokens", max_tokens, LIMITS.max_tokens)
     if n_prompt > ctx:
-        raise RequestError(too_long(n_prompt, ctx))
+        raise ContextError(too_long(n_prompt, ctx))
     if n_prompt == ctx:
-        raise RequestError(
+        raise ContextError(
             f"prompt of {n_prompt} tokens fills the context of {ctx} and leaves no room for a new one: "
             "shorten it, or load with a larger ctx"
         )

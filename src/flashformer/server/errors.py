@@ -10,7 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import DeviceError, NumericalError, RequestError
+from ..errors import ContextError, DeviceError, NumericalError, RequestError
 from ..log import log
 from .shapes import Error, ErrorType
 
@@ -55,6 +55,8 @@ def api_error(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
+        case ContextError():
+            return invalid(str(error), _subject(str(error)), code="context_length_exceeded")
         case RequestError():
             return invalid(str(error), _subject(str(error)))
         case NumericalError():
