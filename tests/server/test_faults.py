@@ -264,7 +264,7 @@ def test_d61_who_sends_no_request_is_cut_off(llm: ff.LLM, tmp_path: Path, monkey
     with running(llm, tmp_path) as here:
         silent, slow, second = connect(here), connect(here), connect(here)
         second.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert second.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        assert received(second, b'"live"}').startswith(b"HTTP/1.1 200 ")
         for one in (slow, second):
             one.sendall(b"GET /live HTTP/1.1\r\nHo")
         begin = time.monotonic()
@@ -278,8 +278,11 @@ def test_d61_there_are_only_so_many_connections(llm: ff.LLM, tmp_path: Path, mon
     monkeypatch.setattr(main, "MAX_CONNECTIONS", 8)
     with running(llm, tmp_path) as here:
         clients = [connect(here) for _ in range(20)]
-        until(lambda: len(here.server.server_state.connections) <= 8)
-        for client in clients:
+        for client in clients[8:]:
+            with client:
+                assert closed(client)
+        assert len(here.server.server_state.connections) == 8
+        for client in clients[:8]:
             client.close()
         until(lambda: not here.server.server_state.connections)
         assert here.client.get("/live").status_code == 200
