@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import flashformer as ff
 from flashformer.backends.base import Want
 from flashformer.engine.batch import AHEAD, MIXED_ROWS, deal
+from flashformer.engine.request import SamplingSettings
 
 PROMPTS = ["left", "the right one", "def f(x):", "a" * 40]
 
@@ -175,6 +176,18 @@ def test_a_warm_prompt_is_not_computed_again(folder: Path) -> None:
         assert llm.warm([7] * 20) == 0
         assert [len(rows) for rows in forwards.rows] == [1 + MIXED_ROWS] * 2 + [5], "beside one that decodes"
         other.close()
+
+
+def test_a_warm_prompt_that_is_cancelled_ends_within_one_forward(folder: Path) -> None:
+    with load(folder, prompt_chunk=16) as llm:
+        forwards = Forwards(llm)
+        warming = llm.start([5] * 60, SamplingSettings(), warm=True)
+        forward = llm.kernel.forward
+        llm.kernel.forward = lambda *given: (forward(*given), warming.close())[0]  # type: ignore[method-assign,func-returns-value]
+        assert list(warming) == []
+        llm.kernel.forward = forward  # type: ignore[method-assign]
+        assert [len(rows) for rows in forwards.rows] == [16]
+        assert llm.generate([5] * 60, max_tokens=1).cached_tokens == 16
 
 
 def test_a_stream_that_is_not_read_stands_still(folder: Path) -> None:

@@ -218,6 +218,22 @@ def test_the_log_is_lines_on_stderr(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert (log.level, log.handlers) == (level, handlers)
 
 
+def test_an_error_in_the_log_says_what_raised_it_and_where(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_kernel(checked, weights, **_: object) -> Kernel:
+        try:
+            raise ZeroDivisionError("of our own")
+        except ZeroDivisionError as error:
+            log.error("a request failed", exc_info=error)
+        return ReferenceKernel(checked, weights)
+
+    monkeypatch.setattr("flashformer.engine.engine.load_kernel", load_kernel)
+    lines = call("run", folder, PROMPT, "-n", "2", "--quiet").stderr.splitlines()
+    at = lines.index("warning: a request failed")
+    assert lines[at + 1] == "Traceback (most recent call last):"
+    assert "ZeroDivisionError: of our own" in lines[at + 2 :]
+    assert any("in load_kernel" in line for line in lines[at + 2 :])
+
+
 BENCH_FIELDS = {
     "test",
     "rows",

@@ -85,6 +85,7 @@ def test_a_request_takes_the_slot_that_shares_the_longest_prefix() -> None:
     assert (taken, taken.n) == (b, 5)
     taken = acquire(slots)
     assert (taken, taken.n) == (a, 3)
+    assert taken.miss == "5 tokens of the prompt are in slot 1, which runs another request"
     slots.release(b)
     assert acquire(slots, IDS[:4], 3) is b
     assert b.n == 3  # the last token is computed again: it gives the logits
@@ -113,6 +114,7 @@ def test_of_slots_that_would_lose_much_none_is_chosen_for_what_it_shares() -> No
     for slot in (a, b, c):
         slots.release(slot)
     assert acquire(slots) is b
+    assert b.miss == "6 tokens of the prompt are in slot 0, which keeps its 26 tokens for what they serve"
 
 
 def test_turns_are_taken_in_the_order_in_which_they_are_asked_for() -> None:

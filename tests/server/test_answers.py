@@ -233,12 +233,39 @@ def test_several_prompts_get_an_answer_each(here: Running, llm: ff.LLM, stream: 
         assert body["usage"]["prompt_tokens"] == sum(len(llm.tokenizer.encode(prompt)) for prompt in prompts)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_choices_are_those_of_seeds_in_a_row(here: Running, llm: ff.LLM, stream: bool) -> None:
+    asked = {"prompt": [PROMPT, "class "], "n": 2, "seed": 2**64 - 1, "temperature": 1.0, "max_tokens": 6}
+    expected = [
+        llm.generate(prompt, temperature=1.0, max_tokens=6, seed=seed).text
+        for prompt in (PROMPT, "class ")
+        for seed in (2**64 - 1, 0)
+    ]
+    assert len(set(expected)) == 4
+    if stream:
+        events = here.events(COMPLETIONS, **asked, stream_options={"include_usage": True})
+        texts, usage = [""] * 4, events[-2]["usage"]
+        for event in events[:-1]:
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["text"]
+    else:
+        body = here.post(COMPLETIONS, **asked).json()
+        texts, usage = [choice["text"] for choice in body["choices"]], body["usage"]
+    assert texts == expected
+    assert usage["completion_tokens"] == 4 * 6
+    assert usage["prompt_tokens"] == sum(len(llm.tokenizer.encode(prompt)) for prompt in (PROMPT, "class "))
+    assert here.post(COMPLETIONS, prompt=PROMPT, n=3).json()["error"]["param"] == "n"  # there are two streams
+
+
 def test_b25_what_the_context_cannot_hold_is_cut_and_said(here: Running, llm: ff.LLM) -> None:
     ctx = llm.setup.target.ctx
     body = here.post(COMPLETIONS, prompt=[5] * (ctx - 3), max_tokens=100, ignore_eos=True).json()
     assert body["choices"][0]["finish_reason"] == "length"
     assert body["usage"]["completion_tokens"] == 3
     assert body["timings"]["max_tokens_clamped"]
+    by_default = here.post(COMPLETIONS, prompt=[5] * (ctx - 3), ignore_eos=True).json()
+    assert by_default["usage"]["completion_tokens"] == 3
+    assert by_default["timings"]["max_tokens_clamped"]
 
 
 def test_b24_a_prompt_longer_than_the_context_is_refused_with_both_numbers(here: Running, llm: ff.LLM) -> None:
@@ -280,6 +307,40 @@ def test_b35_nothing_of_a_stop_string_goes_out(here: Running, llm: ff.LLM) -> No
     assert text_of(here.events(COMPLETIONS, **asked)) == expected
     choice = here.post(COMPLETIONS, **asked).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == (expected, "stop")
+
+
+def test_b35_nothing_of_a_stop_string_stands_in_the_log_probabilities(here: Running, llm: ff.LLM) -> None:
+    asked: dict[str, Any] = {"temperature": 1.0, "max_tokens": 40, "ignore_eos": True}
+    for seed in range(200):  # until four tokens in a row are ASCII, one each
+        ids = llm.generate(PROMPT, seed=seed, **asked).token_ids
+        begins = [i for i in range(1, 37) if llm.tokenizer.decode(ids[i - 1 : i + 3]).isascii()]
+        if begins and len(stop := llm.tokenizer.decode(ids[begins[0] : begins[0] + 3])) == 3:
+            break
+    asked |= {"prompt": PROMPT, "seed": seed, "stop": stop, "logprobs": 2}
+    whole = here.post(COMPLETIONS, **asked).json()["choices"][0]
+    chunks = [event["choices"][0]["logprobs"] for event in here.events(COMPLETIONS, **asked)[:-1]]
+    streamed = [name for logprobs in chunks if logprobs for name in logprobs["tokens"]]
+    assert whole["finish_reason"] == "stop"
+    assert len(whole["logprobs"]["tokens"]) == begins[0]
+    assert streamed == whole["logprobs"]["tokens"]
+
+
+def test_the_log_probabilities_of_one_answer_are_bounded(here: Running) -> None:
+    few: dict[str, Any] = {"prompt": [5] * 400, "logprobs": 20, "echo": True}
+    assert here.post(COMPLETIONS, **few, max_tokens=1).status_code == 200
+    for body in (
+        {**few, "prompt": [[5] * 400] * 16, "n": 2, "max_tokens": 100},
+        {**few, "prompt": [[5]] * 16, "n": 2, "max_tokens": 500, "echo": False},
+    ):
+        answer = here.post(COMPLETIONS, **body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logprobs")
+
+
+def test_d60_who_asks_again_after_an_answer_finds_a_place(folder: Path, tmp_path: Path) -> None:
+    with load(folder, streams=1) as llm, running(llm, tmp_path, max_waiting=0) as here:
+        for stream in (False, True):
+            found = {here.post(COMPLETIONS, prompt="a", max_tokens=1, stream=stream).status_code for _ in range(60)}
+            assert found == {200}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -44,7 +44,7 @@ def gate(llm: ff.LLM) -> Gate:
 
 @pytest.fixture(scope="module")
 def here(llm: ff.LLM, gate: Gate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(llm, tmp_path_factory.mktemp("at"), tcp=True, api_key=KEY) as server:
+    with running(llm, tmp_path_factory.mktemp("at"), api_key=KEY) as server:
         server.client.headers["authorization"] = f"Bearer {KEY}"
         yield server
 
@@ -120,11 +120,8 @@ def test_every_event_is_as_described(
         chunk.validate(event)
     assert sum("timings" in event for event in events) == 3  # after 17 and 33 tokens, and at the end
     assert not error.is_valid(events[0])
-    gate.error = ff.NumericalError("NaN in layer 3", 3)
-    try:
-        *_, last = here.events(path, **body, **options)
-    finally:
-        gate.error = None
+    gate.fail(ff.NumericalError("NaN in layer 3", 3), times=1)
+    *_, last = here.events(path, **body, **options)
     error.validate(last)
     assert not chunk.is_valid(last)
 

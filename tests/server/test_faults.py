@@ -106,13 +106,14 @@ def test_paths_and_methods_that_are_none(here: Running) -> None:
 
 
 def test_b36_a_number_that_is_none_is_an_error(here: Running, gate: Gate) -> None:
-    gate.error = ff.NumericalError("NaN in layer 3", 3)
+    gate.fail(ff.NumericalError("NaN in layer 3", 3), times=1)
     answer = here.post(CHATS, messages=CHAT)
     assert answer.status_code == 500
     assert (answer.json()["error"]["code"], answer.json()["error"]["message"]) == ("numerical_error", "NaN in layer 3")
+    here.idle()
+    gate.fail(ff.NumericalError("NaN in layer 3", 3), times=1)
     *_, last = here.events(CHATS, messages=CHAT)
     assert last["error"]["code"] == "numerical_error"
-    gate.error = None
     assert here.post(CHATS, messages=CHAT, max_tokens=1).status_code == 200
     assert here.client.get("/health").status_code == 200
     here.idle()
@@ -139,7 +140,7 @@ def test_d58_gone_while_waiting(here: Running, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("when", ["prefill", "decode"])
+@pytest.mark.parametrize("when", ["prefill", "decode", "warm"])
 def test_d58_gone_while_running(llm: ff.LLM, here: Running, gate: Gate, stream: bool, when: str) -> None:
     """The slot is free within one forward, and who else is on the way gets what it would get."""
     chunk = llm.setup.prompt_chunk
@@ -147,7 +148,8 @@ def test_d58_gone_while_running(llm: ff.LLM, here: Running, gate: Gate, stream: 
     gate.shut()
     first = len(gate.n_rows)
     prompt = [5] * (3 * chunk + 1) if 3 * chunk < 400 else [5] * 300
-    body = {"prompt": prompt if when == "prefill" else [5], "max_tokens": 200, "ignore_eos": True, "stream": stream}
+    body = {"prompt": [5] if when == "decode" else prompt, "max_tokens": 200, "ignore_eos": True, "stream": stream}
+    body |= {"max_tokens": 0} if when == "warm" else {}
     leaving = sent(here, COMPLETIONS, **body)
     until(lambda: gate.n_asked > 0 and here.n_running == 1)
     if when == "decode":

@@ -28,7 +28,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ff.LLM]:
 
 @pytest.fixture(scope="module")
 def url(llm: ff.LLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running(llm, tmp_path_factory.mktemp("at"), tcp=True, api_key=KEY) as here:
+    with running(llm, tmp_path_factory.mktemp("at"), api_key=KEY) as here:
         yield f"{here.url}/v1"
 
 

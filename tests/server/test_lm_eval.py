@@ -62,7 +62,7 @@ def expected(folder: Path, tasks: Path, cache: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def url(llm: ff.LLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running(llm, tmp_path_factory.mktemp("at"), tcp=True, api_key=KEY) as here:
+    with running(llm, tmp_path_factory.mktemp("at"), api_key=KEY) as here:
         yield f"{here.url}/v1/completions"
 
 

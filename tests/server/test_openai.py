@@ -35,7 +35,6 @@ def open_gate(llm: ff.LLM) -> Gate:
 @pytest.fixture
 def gate(open_gate: Gate) -> Iterator[Gate]:
     yield open_gate
-    open_gate.error = None
     open_gate.open()
 
 
@@ -131,7 +130,7 @@ def test_errors_are_its_own(client: openai.OpenAI, here: Running) -> None:
 
 
 def test_an_engine_that_fails_is_a_server_error(client: openai.OpenAI, gate: Gate) -> None:
-    gate.error = ff.NumericalError("NaN in layer 3", 3)
+    gate.fail(ff.NumericalError("NaN in layer 3", 3), times=1)
     with pytest.raises(openai.InternalServerError) as broken:
         client.completions.create(model=NAME, prompt=PROMPT)
     assert (broken.value.status_code, broken.value.code) == (500, "numerical_error")
@@ -142,7 +141,7 @@ def test_a_stream_that_breaks_off_raises(client: openai.OpenAI, gate: Gate) -> N
     gate.let(4)
     stream = client.completions.create(model=NAME, prompt="x", max_tokens=400, stream=True, extra_body=ENDLESS)
     next(stream)
-    gate.error = ff.NumericalError("NaN in layer 3", 3)
+    gate.fail(ff.NumericalError("NaN in layer 3", 3), times=1)
     gate.open()
     with pytest.raises(openai.APIError) as broken:
         list(stream)

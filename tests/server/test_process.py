@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import stat
 import subprocess
@@ -17,6 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 from threads import until
+
+from flashformer.server.options import MAX_CONNECTIONS
 
 LONG = {
     "messages": [{"role": "user", "content": "def f"}],
@@ -128,6 +131,18 @@ def test_d65_the_key_may_come_from_the_environment(tmp_path: Path) -> None:
         line(process, "is ready")
         assert client.get("/health").status_code == 401
         assert client.get("/health", headers={"authorization": "Bearer k"}).status_code == 200
+
+
+def test_d61_a_low_limit_of_files_is_raised_for_connections(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        with serving("--uds", str(tmp_path / "s")) as process:
+            line(process, "is ready")
+            soft, _ = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert soft > MAX_CONNECTIONS or soft == before[1]
 
 
 @pytest.mark.parametrize(

@@ -109,11 +109,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("max_tokens", 10**30, "max_tokens"),
     ("seed", -1, "seed"),
     ("seed", 2**64, "seed"),
-    ("stop", ["x"] * 500_000, "stop"),
+    ("stop", ["x"] * 50_000, "stop"),
     ("stop", "", "stop"),
     ("stop", "x" * 2**20, "stop"),
     ("stop", [1], "stop[0]"),
-    ("logit_bias", {str(i): 0 for i in range(100_000)}, "logit_bias"),
+    ("logit_bias", {str(i): 0 for i in range(10_000)}, "logit_bias"),
     ("logit_bias", {"5": 101}, "logit_bias"),
     ("logit_bias", {"x": 1}, "logit_bias"),
     ("logit_bias", {"-1": 1}, "logit_bias"),
@@ -121,6 +121,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("stream_options", {"include_usage": True}, "stream_options"),
     ("n", 0, "n"),
     ("n", -1, "n"),
+    ("n", 9, "n"),
     ("n", 10**9, "n"),
     ("n", True, "n"),
     ("best_of", 2, "best_of"),
@@ -179,7 +180,7 @@ def test_b32_unknown_fields_are_named() -> None:
         assert (error["param"], error["code"]) == ("temprature", "unknown_parameter")
         error = refusal(read, json.dumps({**body, "stream": True, "stream_options": {"x": 1}}).encode())
         assert error["param"] == "stream_options.x"
-        assert refusal(read, json.dumps({**body, "n": 2}).encode())["code"] == "unsupported_parameter"
+        assert refusal(read, json.dumps({**body, "best_of": 2}).encode())["code"] == "unsupported_parameter"
     assert refusal(read_chat, b"{}")["code"] == "missing_required_parameter"
     assert refusal(read_chat, json.dumps({"messages": MESSAGES, "prompt": "x"}).encode())["param"] == "prompt"
 
@@ -207,7 +208,7 @@ def test_b32_fields_without_effect_are_ignored() -> None:
         (b'{"prompt": "a", "temperature": -Infinity}', "Infinity"),
         (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
         (b'{"prompt": ' + b"[" * 100_000, "nested too deep"),
-        (b'{"a":' * 100_000, "nested too deep"),
+        (b'{"a":' * 10_000, "nested too deep"),
         (b'{"prompt": [' + b"9" * 100_000 + b"]}", "not JSON"),
         (b'{"prompt": "\\ud800"}', "lone surrogate"),
         (b'{"prompt": "a", "\\ud800": 1}', "surrogate"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,9 +102,26 @@ class Tokenizer:
         spells one is encoded as text (see `checkpoint/chat.py`). For all other text the ids are those of
         transformers' apply_chat_template. Raises RequestError where there is no template, or where it fails.
         """
-        template = self._template(tools=tools is not None)
+        return self.chat_ids(messages, tools, variables, add_generation_prompt=add_generation_prompt)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = True,
+        check: Callable[[int], object] = int,
+    ) -> list[int]:
+        """As `encode_chat`. `check` is given the number of characters of all texts before work is done for them, and
+        that of the rendered text before it is encoded: it may refuse them."""
         return self._chat.encode(
-            template, messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
+            self._template(tools=tools is not None),
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+            check=check,
         )
 
     def render_chat(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Generator
 from collections.abc import Sequence as List
-from contextlib import contextmanager
 from time import perf_counter_ns
 from typing import NamedTuple
 
@@ -125,11 +124,15 @@ class Batch:
 
     def tokens(self, sequence: Sequence) -> Generator[tuple[int, int], None, None]:
         """The tokens of a sequence and what each took in ns, waiting for it included; (-1, 0) after a forward that made
-        none: a place to stop. Closing it between two ends the sequence. Raises what `Kernel.forward` and `Turns.take`
-        raise.
+        none, as all of a sequence do that makes no tokens: a place to stop. Closing it between two ends the sequence.
+        Raises what `Kernel.forward` and `Turns.take` raise.
         """
         made, clock = sequence.made, perf_counter_ns
-        with self._on_its_way(sequence):
+        self._sequences.append(weakref.ref(sequence))
+        try:
+            while sequence.request.max_tokens == 0 and sequence.waits:
+                self._wait(sequence)
+                yield -1, 0
             for i in range(sequence.request.max_tokens):
                 sequence.asked, begin, waited = i + 1, clock(), False
                 while sequence.waits:
@@ -140,18 +143,6 @@ class Batch:
                 yield made[i], clock() - begin if waited else sequence.took_ns[i]
                 if made[i] in sequence.request.stop_ids:
                     return
-
-    def run_prompt(self, sequence: Sequence) -> None:
-        """Of a sequence that makes no tokens. Raises as `tokens`."""
-        with self._on_its_way(sequence):
-            while sequence.waits:
-                self._wait(sequence)
-
-    @contextmanager
-    def _on_its_way(self, sequence: Sequence) -> Generator[None, None, None]:
-        self._sequences.append(weakref.ref(sequence))
-        try:
-            yield
         finally:
             sequence.over = True
 

@@ -226,18 +226,23 @@ class LLM:
         ids: list[int] = self._prompts.chat_ids(messages, tools, template_variables).tolist()
         return ids
 
-    def start(self, prompt: Prompt, settings: SamplingSettings) -> Stream:
-        """`stream`, of settings that were checked before. Raises RequestError for what this model cannot do."""
+    def start(self, prompt: Prompt, settings: SamplingSettings, *, warm: bool = False) -> Stream:
+        """`stream`, of settings that were checked before; with `warm` it has no pieces: asking for one computes the
+        prompt. Raises RequestError for what this model cannot do.
+        """
         begin = perf_counter_ns()
         self.turns.check()
-        return self._start(self._prompts.ids(prompt), settings, begin)
+        return self._start(self._prompts.ids(prompt), settings, begin, warm=warm)
 
-    def _start(self, ids: NDArray[np.int32], settings: SamplingSettings, begin_ns: int) -> Stream:
+    def _start(
+        self, ids: NDArray[np.int32], settings: SamplingSettings, begin_ns: int, *, warm: bool = False
+    ) -> Stream:
         ctx, has_text = self.setup.target.ctx, self._prompts.has_text
+        request = requests.make_request(ids, settings, self.defaults, self.spec, ctx, has_text=has_text)
         return Stream(
             self._batch,
             self._slots,
-            requests.make_request(ids, settings, self.defaults, self.spec, ctx, has_text=has_text),
+            replace(request, max_tokens=0) if warm else request,
             tokenizer=self._tokenizer,
             step_bytes=self.step_bytes,
             encode_ns=perf_counter_ns() - begin_ns,
@@ -247,14 +252,7 @@ class LLM:
         """Computes a prompt into the cache, so that a request that begins with it starts sooner; gives how many of its
         tokens were there already. Raises as `generate`.
         """
-        self.turns.check()
-        ids, ctx = self._prompts.ids(prompt), self.setup.target.ctx
-        asked = requests.make_request(ids, SamplingSettings(), self.defaults, self.spec, ctx, has_text=False)
-        with self._slots.taken(ids, len(ids)) as slot:
-            assert slot is not None
-            cached = slot.n
-            self._batch.run_prompt(self._batch.sequence(slot, replace(asked, max_tokens=0)))
-        return cached
+        return self.run_out([self.start(prompt, SamplingSettings(), warm=True)])[0].cached_tokens
 
     def step_bytes(self, n_positions: int) -> int:
         """Weight and KV bytes read by a token of a slot with `n_positions`, itself included."""

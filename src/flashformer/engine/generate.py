@@ -41,6 +41,7 @@ class _Answer:
     step_ns: list[int] = field(default_factory=list)
     ttft_ns: int = 0
     cached: int = 0
+    cache_miss: str | None = None
     stop: str | None = None
     cancelled: bool = False
 
@@ -120,6 +121,7 @@ class Stream(Iterator[Piece]):
             timing=make_timing(self._answer.ttft_ns, self._answer.step_ns, n_bytes),
             logprobs=None if self._request.logprobs is None else list(self._answer.logprobs),
             cached_tokens=self._answer.cached,
+            cache_miss=self._answer.cache_miss,
             stop=self._answer.stop,
         )
 
@@ -138,10 +140,11 @@ def _pieces(
     text_stream = tokenizer.stream() if tokenizer is not None else _NoText()
     detokenize, finder = text_stream.step, StopFinder(request.stops) if request.stops else None
     begin = perf_counter_ns() - encode_ns
-    with slots.taken(request.ids, len(request.ids) - 1, lambda: answer.cancelled) as slot:
+    reusable = len(request.ids) - (request.max_tokens > 0)  # the first token comes from running the last one
+    with slots.taken(request.ids, reusable, lambda: answer.cancelled) as slot:
         if slot is None:
             return
-        answer.cached = slot.n
+        answer.cached, answer.cache_miss = slot.n, slot.miss
         sequence = batch.sequence(slot, request)
         with closing(batch.tokens(sequence)) as tokens:
             for new, took_ns in tokens:

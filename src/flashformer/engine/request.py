@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 256
+SHOWN_CHARS = 80  # of a value, in a message
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Limits:
     """Hard bounds, both ends allowed."""
 
     prompt_chars: int = 8 << 20
+    chars_per_position: int = 64  # of the context, beyond `spare_chars`: longer text is not even encoded
+    spare_chars: int = 64 << 10
     max_tokens: tuple[int, int] = (1, 1 << 30)
     temperature: tuple[float, float] = (1e-6, 100.0)  # or 0, which is greedy
     top_k: tuple[int, int] = (0, 2**31 - 1)  # and no more than the vocabulary
@@ -106,7 +109,7 @@ class Request:
     """A validated request of one model, every setting decided."""
 
     ids: NDArray[np.int32]  # (n_prompt) token ids, 1 <= n_prompt < ctx
-    max_tokens: int  # at most ctx - n_prompt
+    max_tokens: int  # at most ctx - n_prompt; 0: the prompt is computed and no token made
     temperature: float  # 0: greedy
     top_k: int
     top_p: float
@@ -178,14 +181,46 @@ def real(name: str, value: object, limits: tuple[float, float], *, or_zero: str 
 
 
 def shown(value: object) -> str:
-    """`value` for a message, cut where it is long."""
+    """`value` for a message, cut where it is long; no more of it is looked at than is shown."""
     if isinstance(value, int) and abs(value) >= 1 << 128:
         return f"an integer of {value.bit_length()} bits"
+    text = ""
     try:
-        text = repr(value)
+        for part in _repr(value):
+            text += part
+            if len(text) > SHOWN_CHARS:
+                break
     except ValueError:  # such an integer inside
         text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 3]}..."
+
+
+def _repr(value: object) -> Iterator[str]:
+    """`repr`, part by part; of a long text as much as is shown."""
+    if type(value) is str:
+        quotes = "".join(quote for quote in "'\"" if quote in value)  # they decide on the quotes around it
+        yield repr(value if len(value) <= SHOWN_CHARS else value[:SHOWN_CHARS] + quotes)
+    elif type(value) is dict:
+        yield "{"
+        for i, (key, item) in enumerate(value.items()):
+            yield ", " if i else ""
+            yield from _repr(key)
+            yield ": "
+            yield from _repr(item)
+        yield "}"
+    elif type(value) is list or type(value) is tuple:
+        yield "[" if type(value) is list else "("
+        for i, item in enumerate(value):
+            yield ", " if i else ""
+            yield from _repr(item)
+        yield "]" if type(value) is list else ",)" if len(value) == 1 else ")"
+    else:
+        yield repr(value)
 
 
 def temperature(value: object) -> float:
@@ -272,11 +307,22 @@ def unicode_text(name: str, text: str) -> str:
     return text
 
 
-def prompt_text(text: str) -> str:
-    """Text that every tokenizer can encode. Raises RequestError."""
+def prompt_text(text: str, ctx: int) -> str:
+    """Text that every tokenizer can encode, and that may fit into `ctx` positions. Raises RequestError."""
     if len(text) > LIMITS.prompt_chars:
         raise RequestError(f"prompt of {len(text)} characters: at most {LIMITS.prompt_chars} are accepted")
+    require_chars("prompt", len(text), ctx)
     return unicode_text("prompt", text)
+
+
+def require_chars(name: str, n: int, ctx: int) -> None:
+    """Refuses text that is far too long for `ctx` positions before work is done for all of it. Raises RequestError."""
+    most = LIMITS.chars_per_position * ctx + LIMITS.spare_chars
+    if n > most:
+        raise RequestError(
+            f"{name} of {n} characters: too long for the context of {ctx}, for which at most {most} are read: "
+            "shorten it, or load with a larger ctx"
+        )
 
 
 def template_variables(given: object) -> dict[str, Any]:
@@ -337,7 +383,10 @@ def is_batch(prompt: object) -> bool:
         raise RequestError(f"prompt of type {type(prompt).__name__}: expected text, token ids, or a list of these")
     if not prompt:
         raise RequestError("empty list of prompts: expected text, token ids, or a list of these")
-    nested = [isinstance(p, str | list | tuple | np.ndarray) for p in prompt]
-    if any(nested) and not all(nested):
+    nested = {issubclass(kind, _PROMPTS) for kind in set(map(type, prompt))}  # there may be millions
+    if len(nested) > 1:
         raise RequestError("list of prompts mixed with single token ids: expected either a list of prompts or of ids")
-    return nested[0]
+    return nested.pop()
+
+
+_PROMPTS = (str, list, tuple, np.ndarray)

@@ -128,12 +128,13 @@ class Slot:
     """The KV cache of one sequence. What it holds is another object for whoever takes it next, so that a forward that
     was under way for the one before has nothing to write to."""
 
-    __slots__ = ("held", "index", "lease", "n_slots", "owner", "used")
+    __slots__ = ("held", "index", "lease", "miss", "n_slots", "owner", "used")
 
     def __init__(self, index: int, n_slots: int, ctx: int) -> None:
         self.index = index
         self.n_slots = n_slots
         self.held = Held(np.zeros(ctx, np.int32))
+        self.miss: str | None = None  # why whoever took it found no more of its prompt
         self.owner: int | None = None  # thread that took it, or last went on with its sequence; None: free
         self.lease: weakref.ref[_Lease] | None = None  # dead: whoever took it is gone without a word
         self.used = 0  # grows with every release; 0: holds nothing worth keeping
@@ -230,6 +231,7 @@ class Slots:
                     left = self._wait_s - (now - begin)
                     self._changed.wait(max(0.0, min(left, NESTED_S / 10 if nested else LOOK_AGAIN_S)))
                 slot = _best(free, ids)
+                slot.miss = _miss(self._slots, slot, ids, reusable)
                 slot.held = Held(slot.ids.copy(), min(slot.shared(ids), reusable))
                 slot.lease, slot.owner = None if lease is None else weakref.ref(lease), me
                 return slot
@@ -289,3 +291,19 @@ def _best(free: list[Slot], ids: NDArray[np.int32]) -> Slot:
     shared = {slot.index: slot.shared(ids) for slot in free}
     worthwhile = [slot for slot in free if 2 * shared[slot.index] > slot.n]
     return min(worthwhile or free, key=lambda slot: (-shared[slot.index] if worthwhile else 0, slot.used))
+
+
+def _miss(slots: list[Slot], chosen: Slot, ids: NDArray[np.int32], reusable: int) -> str | None:
+    """Why a prompt finds no more of its tokens in the chosen slot; None where that holds all that it could use, or all
+    of what the slot held is the prompt's beginning."""
+    found = chosen.shared(ids)
+    if found >= reusable:
+        return None
+    best = max(slots, key=lambda slot: slot.shared(ids))
+    n = best.shared(ids)
+    if n > found:
+        why = f"which keeps its {best.n} tokens for what they serve" if best.is_free else "which runs another request"
+        return f"{n} tokens of the prompt are in slot {best.index}, {why}"
+    if n == 0:
+        return "no slot holds a beginning of the prompt"
+    return None if found == chosen.n else f"the prompt differs from what was cached at token {found}"

@@ -33,6 +33,7 @@ class Output:
     timing: Timing
     logprobs: list[TokenLogprobs] | None = None  # one per new token, where asked for
     cached_tokens: int = 0  # of the prompt, found in the slot's cache and not computed again
+    cache_miss: str | None = None  # why no more of it was; None where all that could be was
     stop: str | None = None  # the stop string that ended the text
 
 

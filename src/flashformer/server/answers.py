@@ -24,12 +24,14 @@ class Done:
     """An answer to one prompt that came to its end."""
 
     index: int
+    choice: int  # of those for one prompt
     text: str  # "" where it was streamed
     entries: list[Entry] | None  # where log probabilities were asked for; empty where streamed
     finish_reason: str
     n_prompt: int
     n_new: int
     cached: int  # tokens of the prompt that were not computed again
+    cache_miss: str | None  # why not more
     timing: Timing | None  # None where no token was wanted
     clamped: bool  # the context left less room than max_tokens
     queue_ms: float
@@ -46,12 +48,14 @@ def error_event(error: ApiError) -> bytes:
 
 
 def usage(done: Sequence[Done]) -> Usage:
-    n_prompt, n_new = sum(one.n_prompt for one in done), sum(one.n_new for one in done)
+    """Of a prompt with several choices its tokens count once."""
+    first = [one for one in done if one.choice == 0]
+    n_prompt, n_new = sum(one.n_prompt for one in first), sum(one.n_new for one in done)
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_new,
         "total_tokens": n_prompt + n_new,
-        "prompt_tokens_details": {"cached_tokens": sum(one.cached for one in done)},
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached for one in first)},
     }
 
 
@@ -62,6 +66,7 @@ def timings(done: Done) -> Timings:
     return {
         "queue_ms": done.queue_ms,
         "cached_tokens": done.cached,
+        **({} if done.cache_miss is None else {"cache_miss": done.cache_miss}),
         "max_tokens_clamped": done.clamped,
         **speed(known.pop("gb_s", None), done.measured_gb_s),
         **cast(Timings, {name: value for name, value in known.items() if value is not None}),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -44,7 +45,8 @@ def make_app(source: LLM | Callable[[], LLM], options: ServerOptions) -> Starlet
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         service.begin()
         try:
-            yield
+            with suppress(asyncio.CancelledError):  # ended at once
+                yield
         finally:
             await service.end()
 

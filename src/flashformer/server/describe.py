@@ -14,7 +14,7 @@ import msgspec
 
 from ..engine.request import LIMITS, RESERVED_VARIABLES
 from ..version import __version__
-from .options import MAX_BODY_BYTES, MAX_CONNECTIONS, MAX_HEADER_BYTES, MAX_PROMPTS, ServerOptions
+from .options import MAX_BODY_BYTES, MAX_CHOICES, MAX_CONNECTIONS, MAX_HEADER_BYTES, MAX_PROMPTS, ServerOptions
 from .schema import IGNORED, NEUTRAL, ChatBody, CompletionBody
 from .shapes import ChatChunk, ChatCompletion, Error, Live, Model, ModelList, Ready, TextChunk, TextCompletion
 
@@ -147,6 +147,7 @@ def _bounds(options: ServerOptions, llm: LLM | None) -> dict[str, Json]:
     stop = {"minLength": 1, "maxLength": LIMITS.stop_chars}
     logprobs = {"minimum": 0, "maximum": min(LIMITS.logprobs[1], vocab_size)}
     bias = {"type": "number", **_between(LIMITS.bias)}
+    n_choices = MAX_CHOICES if llm is None else min(MAX_CHOICES, llm.setup.target.streams)
     return {
         "model": {"string": names},
         "messages": {"array": {"minItems": 1, "maxItems": LIMITS.messages}},
@@ -161,6 +162,7 @@ def _bounds(options: ServerOptions, llm: LLM | None) -> dict[str, Json]:
         },
         "max_tokens": {"integer": max_tokens},
         "max_completion_tokens": {"integer": max_tokens},
+        "n": {"integer": {"minimum": 1, "maximum": n_choices}},
         "temperature": {"number": {"anyOf": [{"const": 0}, _between(LIMITS.temperature)]}},
         "top_k": {"integer": {"minimum": 0, "maximum": vocab_size}},
         "top_p": {"number": _between(LIMITS.top_p)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import stat
@@ -27,6 +28,7 @@ from .service import Service
 
 HEADERS_S = 10.0  # in which the head of a request must have come in
 KEEP_ALIVE_S = 30
+OTHER_FILES = 256  # beside connections
 CLOSING_S = 2  # in which connections must close when all requests are answered
 
 
@@ -49,6 +51,7 @@ def serve(source: LLM | Callable[[], LLM], options: ServerOptions, listen: Liste
     once. Raises RequestError for an address that cannot be used, and what loading or the engine failed with.
     """
     options = replace(options, any_host=listen.uds is not None, host=listen.host.lower())
+    _allow_files(MAX_CONNECTIONS + OTHER_FILES)
     with _sockets(listen, options) as sockets:
         app = make_app(source, options)
         service: Service = app.state.service
@@ -57,6 +60,14 @@ def serve(source: LLM | Callable[[], LLM], options: ServerOptions, listen: Liste
     if service.failure is not None:
         raise service.failure
     return server.signals[0] if server.signals else 0
+
+
+def _allow_files(n: int) -> None:
+    """That many may be open, as far as the system lets this process decide: many shells set 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n if hard == resource.RLIM_INFINITY else min(n, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _config(app: Any) -> uvicorn.Config:

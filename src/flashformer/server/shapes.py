@@ -40,6 +40,7 @@ class Timings(TypedDict, total=False):
 
     queue_ms: float
     cached_tokens: int
+    cache_miss: str  # why not more of them
     max_tokens_clamped: bool  # the context left less room than max_tokens
     ttft_ms: float  # to the first token
     n_tokens: int
