@@ -23,7 +23,7 @@ from flashformer.server.schema import read_chat, read_completion
 KEY = "sk-described"
 WORK = (CHATS, COMPLETIONS)
 PATHS = {*WORK, "/v1/models", "/v1/models/{name}", "/health", "/live", "/metrics", "/openapi.json", "/"}
-# How many tokens a text has, and which are known, is nothing that JSON Schema can say.
+# JSON Schema cannot say how many tokens a text has, that names are ids below a number, nor that 1.0 is no integer here.
 CONFIG = """
 [checks.positive_data_acceptance]
 expected-statuses = [200, 400]
