@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import folders
 import pytest
 from folders import model_folder
+from tokenizer_kinds import KINDS
+from transformers import AutoTokenizer
 
 import flashformer as ff
 from flashformer.checkpoint.chat import ChatEncoder, Marks
-from flashformer.checkpoint.tokenizer import Tokenizer
+from flashformer.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from flashformer.engine.request import LIMITS
 
 CTX = folders.CONFIG["max_position_embeddings"]
@@ -108,3 +112,38 @@ def test_b24_what_a_template_makes_too_long_is_not_encoded(llm: ff.LLM) -> None:
         refused(lambda: llm.chat([{"role": "user", "content": third, "twice": third}]), 3 * len(third) + len("null"))
     finally:
         del llm.tokenizer.__dict__["_chat"]
+
+
+# ---- odd texts
+
+ODD = {"word": "a" * (1 << 20), "marks": "e" + "\u0301" * 10**6, "nul": "\0" * 100_000}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+def test_b27_odd_texts_are_too_long_or_encoded_as_others(llm: ff.LLM, text: str, tmp_path: Path) -> None:
+    refused(lambda: llm.generate(text), len(text))
+    refused(lambda: llm.chat([{"role": "user", "content": text}]), len("rolecontentuser") + len(text))
+    tokenizer = llm.tokenizer
+    assert (
+        b"".join(map(tokenizer.token_bytes, tokenizer.encode(text[:30], add_special_tokens=False)))
+        == text[:30].encode()
+    )
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) == len(text.encode())
+    assert ids[-1000:] == tokenizer.encode(text[-1000:], add_special_tokens=False)[-1000:]
+    assert tokenizer.decode(ids) == text
+    KINDS["qwen2"].write(tmp_path)  # composes characters, and has tokens of several
+    ours, oracle = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    part = text[:100_000]
+    ids = ours.encode(part)
+    assert ids == oracle.encode(part)
+    assert ours.decode(ids) == unicodedata.normalize("NFC", part)
+
+
+@pytest.mark.parametrize("text", ["\0", "a\0b", "\0\u0301", "e" + "\u0301" * 30, "a" * 80])
+def test_b27_odd_texts_that_fit_are_prompts(llm: ff.LLM, text: str) -> None:
+    ids = llm.generate(text, max_tokens=1).prompt_token_ids
+    assert ids == llm.tokenizer.encode(text)
+    assert llm.tokenizer.decode(ids) == text
+    chat = [{"role": "user", "content": text}]
+    assert llm.tokenizer.decode(llm.chat(chat, max_tokens=1).prompt_token_ids) == f"{text}null"
