@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -30,17 +28,10 @@ from serving import (
 from threads import until
 
 import flashformer as ff
-from flashformer.server import ServerOptions, main, make_app
+from flashformer.server import ServerOptions, make_app
 from flashformer.server.service import State
 
 ENDLESS = {**LONG, "stream": True}
-
-
-def closed(client: socket.socket) -> bool:
-    try:
-        return client.recv(1 << 16) == b""
-    except ConnectionResetError:
-        return True
 
 
 # ---- B: what is sent --------------------------------------------------------------------------------------------
@@ -130,7 +121,7 @@ def test_d58_gone_while_waiting(here: Running, gate: Gate) -> None:
     for client in waiting[:3]:
         client.close()
     until(lambda: here.n_waiting == 1)
-    assert here.n_jobs == 3
+    until(lambda: here.n_jobs == 3)
     for client in (*running_, waiting[3]):
         client.close()
     gate.open()
@@ -256,29 +247,3 @@ def test_d60_a_thousand_at_once(folder: Path) -> None:
                     await asyncio.sleep(0.01)
 
     asyncio.run(scene())
-
-
-def test_d61_who_sends_no_request_is_cut_off(llm: ff.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "HEADERS_S", 2.0)
-    with running(llm, tmp_path) as here:
-        silent, slow, second = connect(here), connect(here), connect(here)
-        second.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert second.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
-        for one in (slow, second):
-            one.sendall(b"GET /live HTTP/1.1\r\nHo")
-        begin = time.monotonic()
-        for one in (silent, slow, second):
-            with one:
-                assert closed(one)
-        assert time.monotonic() - begin < 20
-
-
-def test_d61_there_are_only_so_many_connections(llm: ff.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "MAX_CONNECTIONS", 8)
-    with running(llm, tmp_path) as here:
-        clients = [connect(here) for _ in range(20)]
-        until(lambda: len(here.server.server_state.connections) <= 8)
-        for client in clients:
-            client.close()
-        until(lambda: not here.server.server_state.connections)
-        assert here.client.get("/live").status_code == 200

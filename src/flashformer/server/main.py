@@ -10,22 +10,22 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..engine import LLM
 from ..engine.request import integer
 from ..errors import RequestError
 from ..log import log
 from .app import make_app
+from .connection import Connection
 from .guard import is_loopback
 from .options import MAX_CONNECTIONS, MAX_HEADER_BYTES, ServerOptions
 from .service import Service
 
-HEADERS_S = 10.0  # in which the head of a request must have come in
 KEEP_ALIVE_S = 30
 CLOSING_S = 2  # in which connections must close when all requests are answered
 
@@ -60,9 +60,10 @@ def serve(source: LLM | Callable[[], LLM], options: ServerOptions, listen: Liste
 
 
 def _config(app: Any) -> uvicorn.Config:
+    connection = partial(Connection, stall_s=app.state.service.options.stall_s, most=MAX_CONNECTIONS)
     return uvicorn.Config(
         app,
-        http=Connection,
+        http=connection,  # type: ignore[arg-type]
         loop="asyncio",
         ws="none",
         lifespan="on",
@@ -114,49 +115,6 @@ class Server(uvicorn.Server):
 
     def _leave(self) -> None:
         self.should_exit = True
-
-
-class Connection(H11Protocol):
-    """A connection that is closed where its client sends no request for too long, or where there are too many.
-
-    Requests find in their scope's state how to cut it off without waiting for what was sent to be taken.
-    """
-
-    _head_due: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": transport.abort}
-        if len(self.connections) > MAX_CONNECTIONS:
-            transport.abort()
-        else:
-            self._expect()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._expect()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._head_due is not None:
-            self._head_due.cancel()
-        super().connection_lost(exc)
-
-    @property
-    def _has_request(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _expect(self) -> None:
-        """Sets a time for the head of a request, unless there is one, or a time for it."""
-        if self._has_request and self._head_due is not None:
-            self._head_due.cancel()
-            self._head_due = None
-        elif not self._has_request and self._head_due is None:
-            self._head_due = self.loop.call_later(HEADERS_S, self._give_up)
-
-    def _give_up(self) -> None:
-        self._head_due = None
-        if not self._has_request:
-            self.transport.abort()
 
 
 @contextmanager

@@ -1,0 +1,144 @@
+"""Connections: what is no request, clients that take nothing, keep silent, or are too many: B31 and D58 to D61."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import uvicorn
+from serving import COMPLETIONS, LONG, connect, head, running
+from threads import until
+from uvicorn.server import ServerState
+
+import flashformer as ff
+from flashformer.server import connection, main
+
+LARGE = {"prompt": "x", "max_tokens": 480, "logprobs": 20, "ignore_eos": True}  # its answer: more than a socket holds
+
+
+def cut_off(client: socket.socket) -> bytes:
+    """All that came until the server closed, in whatever manner."""
+    found = b""
+    with suppress(ConnectionResetError):
+        while data := client.recv(1 << 16):
+            found += data
+    return found
+
+
+def length_in(start: bytes) -> int:
+    found = re.search(rb"content-length: (\d+)", start)
+    assert found
+    return int(found[1])
+
+
+# ---- D59: clients that take nothing -------------------------------------------------------------------------------
+
+
+def test_d59_an_answer_that_nobody_takes_is_dropped(llm: ff.LLM, tmp_path: Path) -> None:
+    with running(llm, tmp_path, stall_s=0.5) as here:
+        data = json.dumps(LARGE).encode()
+        clients = [connect(here) for _ in range(3)]
+        for client, more in zip(clients, ((), ("Connection: close",), ()), strict=True):
+            client.sendall(head(COMPLETIONS, len(data), *more) + data)
+        clients[2].recv(1, socket.MSG_PEEK)
+        clients[2].shutdown(socket.SHUT_WR)
+        until(lambda: not here.server.server_state.connections)
+        for client in clients:
+            with client:
+                start, _, body = cut_off(client).partition(b"\r\n\r\n")
+                assert len(body) < length_in(start)
+
+
+def test_d59_a_small_answer_that_nobody_takes_is_dropped(llm: ff.LLM, tmp_path: Path) -> None:
+    """Of which so little is left that nobody would be told to pause."""
+    with running(llm, tmp_path, stall_s=0.5) as here, connect(here) as client:
+        until(lambda: bool(here.server.server_state.connections))
+        (other,) = here.server.server_state.connections
+        other.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        until(lambda: not here.server.server_state.connections)
+        start, _, body = cut_off(client).partition(b"\r\n\r\n")
+        assert len(body) < length_in(start) < 1 << 16
+
+
+def test_d59_a_place_is_not_held_behind_an_answer_that_nobody_takes(llm: ff.LLM, tmp_path: Path) -> None:
+    with running(llm, tmp_path, stall_s=0.5, buffer_bytes=4096) as here, connect(here) as client:
+        for body in (LARGE, {**LONG, "stream": True}):
+            data = json.dumps(body).encode()
+            client.sendall(head(COMPLETIONS, len(data)) + data)
+        until(lambda: here.metric("request_success_total", finished_reason="abort") == 1)
+        here.idle()
+        assert here.metric("request_success_total", finished_reason="length") == 1
+
+
+def test_d59_who_takes_slowly_is_not_cut_off() -> None:
+    """Of a connection on a stage: its buffer and its clock are the test's."""
+    left, timers, aborted = [0], list[tuple[float, Callable[[], None]]](), []
+    loop = SimpleNamespace(
+        call_later=lambda delay, call, *args: (
+            timers.append((delay, lambda: call(*args))) or SimpleNamespace(cancel=timers.clear)
+        )
+    )
+    transport = SimpleNamespace(
+        get_extra_info=lambda name: None,
+        get_write_buffer_size=lambda: left[0],
+        set_write_buffer_limits=lambda high: None,
+        abort=lambda: aborted.append(True),
+    )
+    config = uvicorn.Config(app=lambda: None, log_config=None)
+    one = connection.Connection(
+        stall_s=7.0, most=1, config=config, server_state=ServerState(), app_state={}, _loop=loop
+    )
+    one.connection_made(transport)
+    timers.clear()
+    left[0] = 1000
+    one.pause_writing()
+    for n_bytes in (999, 500, 1):
+        left[0] = n_bytes
+        ((delay, expire),) = timers
+        assert delay == 7.0
+        timers.clear()
+        expire()
+        assert not aborted
+    one.resume_writing()
+    assert not timers
+    left[0] = 5
+    one.pause_writing()
+    timers.pop()[1]()
+    assert aborted
+
+
+# ---- D61: clients that keep silent, and many ----------------------------------------------------------------------
+
+
+def test_d61_who_sends_no_request_is_cut_off(llm: ff.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADERS_S", 2.0)
+    with running(llm, tmp_path) as here:
+        silent, slow, second = connect(here), connect(here), connect(here)
+        second.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert second.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        for one in (slow, second):
+            one.sendall(b"GET /live HTTP/1.1\r\nHo")
+        begin = time.monotonic()
+        for one in (silent, slow, second):
+            with one:
+                assert cut_off(one) == b""
+        assert time.monotonic() - begin < 20
+
+
+def test_d61_there_are_only_so_many_connections(llm: ff.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "MAX_CONNECTIONS", 8)
+    with running(llm, tmp_path) as here:
+        clients = [connect(here) for _ in range(20)]
+        until(lambda: len(here.server.server_state.connections) <= 8)
+        for client in clients:
+            client.close()
+        until(lambda: not here.server.server_state.connections)
+        assert here.client.get("/live").status_code == 200
