@@ -8,17 +8,19 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import uvicorn
-from serving import COMPLETIONS, LONG, connect, head, running
+from serving import COMPLETIONS, LONG, PROMPT, Gate, Running, connect, head, received, running, sent
 from threads import until
 from uvicorn.server import ServerState
 
 import flashformer as ff
 from flashformer.server import connection, main
+from flashformer.server.options import MAX_HEADER_BYTES
 
 LARGE = {"prompt": "x", "max_tokens": 480, "logprobs": 20, "ignore_eos": True}  # its answer: more than a socket holds
 
@@ -36,6 +38,43 @@ def length_in(start: bytes) -> int:
     found = re.search(rb"content-length: (\d+)", start)
     assert found
     return int(found[1])
+
+
+# ---- what is no request, and what comes after one ---------------------------------------------------------------
+
+
+def test_d58_gone_after_sending_more(here: Running, gate: Gate) -> None:
+    data = json.dumps(LONG).encode()
+    for end, more in product(("keep-alive", "close"), (b"\r\n", b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")):
+        gate.shut()
+        with connect(here) as client:
+            client.sendall(head(COMPLETIONS, len(data), f"Connection: {end}") + data)
+            until(lambda: here.n_running == 1)
+            client.sendall(more)
+        until(lambda: here.n_jobs == 0)
+        gate.open()
+        here.idle()
+
+
+def test_d58_who_sends_much_more_is_cut_off(here: Running, gate: Gate) -> None:
+    gate.shut()
+    with sent(here, COMPLETIONS, **LONG) as client:
+        until(lambda: here.n_running == 1)
+        client.sendall(b"GET /" + b"x" * (MAX_HEADER_BYTES + 1))
+        assert cut_off(client) == b""
+    until(lambda: here.n_jobs == 0)
+    gate.open()
+    here.idle()
+
+
+def test_requests_that_are_sent_ahead_are_answered_in_order(here: Running) -> None:
+    with connect(here) as client:
+        data = json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode()
+        request = head(COMPLETIONS, len(data)) + data
+        client.sendall(request + b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n" + head("/none", 0, "Connection: close"))
+        found = received(client)
+    assert re.findall(rb"HTTP/1.1 (\d+) ", found) == [b"200", b"200", b"404"]
+    assert found.index(b"text_completion") < found.index(b'"live"')
 
 
 # ---- D59: clients that take nothing -------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .options import MAX_HEADER_BYTES
+
 HEADERS_S = 10.0  # in which the head of a request must have come in
 
 
@@ -46,6 +48,10 @@ class Connection(H11Protocol):
     def _has_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
+    @property
+    def _has_whole_request(self) -> bool:
+        return self._has_request and not self.cycle.more_body
+
     # ---- a client that keeps silent ---------------------------------------------------------------------------
 
     def _expect_head(self) -> None:
@@ -82,3 +88,13 @@ class Connection(H11Protocol):
             self._expect_less()
         else:
             self.transport.abort()
+
+    # ---- what comes after a request, or is none ---------------------------------------------------------------
+
+    def handle_events(self) -> None:
+        """Reads on where something follows a request: else nobody would see its client leave."""
+        super().handle_events()
+        if self._has_whole_request:
+            self.flow.resume_reading()
+            if len(self.conn.trailing_data[0]) > MAX_HEADER_BYTES:
+                self.transport.abort()
