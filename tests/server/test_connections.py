@@ -40,7 +40,39 @@ def length_in(start: bytes) -> int:
     return int(found[1])
 
 
+def error_in(answer: bytes) -> tuple[int, str | None]:
+    start, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in start.lower()
+    return int(start.split()[1]), json.loads(body)["error"]["code"]
+
+
 # ---- what is no request, and what comes after one ---------------------------------------------------------------
+
+
+def test_b31_a_head_that_is_too_large_is_refused(here: Running) -> None:
+    """Whether it ends or not."""
+    start = b"GET /live HTTP/1.1\r\nHost: x\r\nX-Long: "
+    for n_bytes, end in product((MAX_HEADER_BYTES, 1 << 20), (b"", b"\r\n\r\n")):
+        with connect(here) as client:
+            with suppress(OSError):  # it has closed
+                client.sendall(start + b"x" * n_bytes + end)
+            assert error_in(received(client, b"}}")) == (431, "headers_too_large")
+
+
+def test_b31_what_is_no_request_is_refused(here: Running) -> None:
+    for data, status in (
+        (b"no HTTP\r\n\r\n", 400),
+        (b"GET /live HTTP/1.1\r\n\r\n", 400),
+        (b"GET /live HTTP/1.1\r\nHost: x\r\nContent-Length: no\r\n\r\n", 400),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+        (head(COMPLETIONS, None, "Transfer-Encoding: chunked") + b"no length\r\n", 400),
+    ):
+        with connect(here) as client:
+            client.sendall(data)
+            found = cut_off(client)
+        assert error_in(found)[0] == status
+        assert found.count(b"HTTP/1.1") == 1
+        until(lambda: not here.server.server_state.tasks)
 
 
 def test_d58_gone_after_sending_more(here: Running, gate: Gate) -> None:
@@ -75,6 +107,19 @@ def test_requests_that_are_sent_ahead_are_answered_in_order(here: Running) -> No
         found = received(client)
     assert re.findall(rb"HTTP/1.1 (\d+) ", found) == [b"200", b"200", b"404"]
     assert found.index(b"text_completion") < found.index(b'"live"')
+
+
+def test_what_follows_a_last_request_is_ignored(here: Running, gate: Gate) -> None:
+    gate.shut()
+    data = json.dumps({"prompt": PROMPT, "max_tokens": 2, "ignore_eos": True}).encode()
+    with connect(here) as client:
+        client.sendall(head(COMPLETIONS, len(data), "Connection: close") + data)
+        until(lambda: here.n_running == 1)
+        (other,) = here.server.server_state.connections
+        client.sendall(b"no HTTP\r\n\r\n")
+        until(lambda: other.conn.trailing_data[0] != b"")
+        gate.open()
+        assert received(client).startswith(b"HTTP/1.1 200 ")
 
 
 # ---- D59: clients that take nothing -------------------------------------------------------------------------------

@@ -55,12 +55,6 @@ def test_b31_a_body_that_is_too_large_is_refused_before_it_is_read(here: Running
     assert here.post(COMPLETIONS, prompt=PROMPT, max_tokens=1).status_code == 200
 
 
-def test_b31_a_head_that_is_too_large_is_refused(here: Running) -> None:
-    with connect(here) as client:
-        client.sendall(head(COMPLETIONS, 2, "X-Long: " + "x" * 100_000))
-        assert received(client).split()[1] in (b"400", b"431")
-
-
 def test_b31_a_body_that_does_not_come_is_not_waited_for(llm: ff.LLM, tmp_path: Path) -> None:
     with running(llm, tmp_path, body_s=0.2) as here, connect(here) as client:
         client.sendall(head(COMPLETIONS, 100) + b'{"prompt"')

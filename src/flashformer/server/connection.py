@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .errors import CLOSE, ApiError
 from .options import MAX_HEADER_BYTES
 
 HEADERS_S = 10.0  # in which the head of a request must have come in
@@ -98,3 +101,27 @@ class Connection(H11Protocol):
             self.flow.resume_reading()
             if len(self.conn.trailing_data[0]) > MAX_HEADER_BYTES:
                 self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called while h11's error is handled, which knows the status. What follows a last request is ignored."""
+        if self._has_whole_request:
+            return
+        error = sys.exc_info()[1]
+        status = getattr(error, "error_status_hint", 400)
+        refusal = (
+            ApiError(status, f"headers of more than {MAX_HEADER_BYTES} bytes", code="headers_too_large", headers=CLOSE)
+            if status == 431
+            else ApiError(status, f"no HTTP request: {error}", headers=CLOSE)
+        ).response()
+        events = (
+            h11.Response(status_code=status, headers=refusal.raw_headers),
+            h11.Data(data=bytes(refusal.body)),
+            h11.EndOfMessage(),
+        )
+        try:
+            data = b"".join(self.conn.send(event) or b"" for event in events)
+        except h11.LocalProtocolError:  # an answer has begun
+            self.transport.abort()
+        else:
+            self.transport.write(data)
+            self.transport.close()
