@@ -63,6 +63,7 @@ def test_b31_a_body_that_does_not_come_is_not_waited_for(llm: ff.LLM, tmp_path: 
 
 def test_b31_the_memory_of_all_bodies_is_bounded(here: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashformer.server.guard.MAX_BODIES_BYTES", 1000)
+    monkeypatch.setattr("flashformer.server.guard.UNCOUNTED_BODY_BYTES", 0)
     with connect(here) as client:
         client.sendall(head(COMPLETIONS, 900) + b" " * 800)
         until(lambda: here.service._bodies._n_bytes == 800)
@@ -71,6 +72,22 @@ def test_b31_the_memory_of_all_bodies_is_bounded(here: Running, monkeypatch: pyt
         assert answer.headers["retry-after"] == "1"
     until(lambda: here.service._bodies._n_bytes == 0)
     assert here.post(COMPLETIONS, prompt=PROMPT, max_tokens=1).status_code == 200
+    until(lambda: here.service._bodies._n_bytes == 0)
+
+
+def test_b31_slow_uploads_lock_nobody_out(here: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashformer.server.guard.MAX_BODIES_BYTES", 1000)
+    monkeypatch.setattr("flashformer.server.guard.UNCOUNTED_BODY_BYTES", 500)
+    with connect(here) as one, connect(here) as other:
+        for client in (one, other):
+            client.sendall(head(COMPLETIONS, 1001) + b" " * 1000)
+        until(lambda: here.service._bodies._n_bytes == 1000)
+        data = json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode()
+        for n_bytes, status in ((500, 200), (501, 503)):
+            headers = {"content-type": "application/json"}
+            answer = here.client.post(COMPLETIONS, content=data.ljust(n_bytes), headers=headers)
+            assert answer.status_code == status
+        until(lambda: here.service._bodies._n_bytes == 1000)
     until(lambda: here.service._bodies._n_bytes == 0)
 
 
