@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import uvicorn
-from serving import COMPLETIONS, LONG, PROMPT, Gate, Running, connect, head, received, running, sent
+from serving import COMPLETIONS, LONG, NAME, PROMPT, Gate, Running, connect, head, received, running, sent
 from threads import until
 from uvicorn.server import ServerState
 
 import flashformer as ff
-from flashformer.server import connection, main
+from flashformer.server import ServerOptions, connection, main, make_app
 from flashformer.server.options import MAX_HEADER_BYTES
 
 LARGE = {"prompt": "x", "max_tokens": 480, "logprobs": 20, "ignore_eos": True}  # its answer: more than a socket holds
@@ -38,6 +39,14 @@ def length_in(start: bytes) -> int:
     found = re.search(rb"content-length: (\d+)", start)
     assert found
     return int(found[1])
+
+
+def first_of(client: socket.socket) -> bytes:
+    """The first line of an answer, or nothing where it was cut off."""
+    try:
+        return client.recv(1 << 16).partition(b"\r\n")[0]
+    except ConnectionResetError:
+        return b""
 
 
 def error_in(answer: bytes) -> tuple[int, str | None]:
@@ -218,11 +227,48 @@ def test_d61_who_sends_no_request_is_cut_off(llm: ff.LLM, tmp_path: Path, monkey
 
 
 def test_d61_there_are_only_so_many_connections(llm: ff.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one that there may be is served like the others."""
     monkeypatch.setattr(main, "MAX_CONNECTIONS", 8)
-    with running(llm, tmp_path) as here:
-        clients = [connect(here) for _ in range(20)]
-        until(lambda: len(here.server.server_state.connections) <= 8)
+    with running(llm, tmp_path) as here, ExitStack() as stack:
+        clients = [stack.enter_context(connect(here)) for _ in range(20)]
         for client in clients:
-            client.close()
+            with suppress(OSError):  # it has been cut off
+                client.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        answers = [first_of(client) for client in clients]
+        assert answers.count(b"") == 12
+        assert answers.count(b"HTTP/1.1 200 OK") == 8
+        assert len(here.server.server_state.connections) == 8
+        stack.close()
         until(lambda: not here.server.server_state.connections)
         assert here.client.get("/live").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("soft", "most"),
+    [(resource.RLIM_INFINITY, 2048), (1 << 20, 2048), (2304, 2048), (2303, 2047), (1024, 768), (256, 128), (20, 10)],
+)
+def test_d61_connections_leave_files_for_all_else(monkeypatch: pytest.MonkeyPatch, soft: int, most: int) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda which: (soft, resource.RLIM_INFINITY))
+    config = main._config(make_app(ff.LLM, ServerOptions(model_name=NAME)))
+    assert config.http.keywords["most"] == most
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "then"),
+    [
+        (1024, 4096, (2304, 4096)),
+        (1024, resource.RLIM_INFINITY, (2304, resource.RLIM_INFINITY)),
+        (1024, 2000, (2000, 2000)),
+        (1024, 1024, None),
+        (4096, 4096, None),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ],
+)
+def test_d61_a_limit_of_files_is_only_raised(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, then: tuple[int, int] | None
+) -> None:
+    then_set: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr("resource.setrlimit", lambda which, limits: then_set.append(limits))
+    main._allow_files(2304)
+    assert then_set == ([] if then is None else [then])

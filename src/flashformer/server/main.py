@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import stat
@@ -27,6 +28,7 @@ from .options import MAX_CONNECTIONS, MAX_HEADER_BYTES, ServerOptions
 from .service import Service
 
 KEEP_ALIVE_S = 30
+OTHER_FILES = 256  # beside connections
 CLOSING_S = 2  # in which connections must close when all requests are answered
 
 
@@ -49,6 +51,7 @@ def serve(source: LLM | Callable[[], LLM], options: ServerOptions, listen: Liste
     once. Raises RequestError for an address that cannot be used, and what loading or the engine failed with.
     """
     options = replace(options, any_host=listen.uds is not None, host=listen.host.lower())
+    _allow_files(MAX_CONNECTIONS + OTHER_FILES)
     with _sockets(listen, options) as sockets:
         app = make_app(source, options)
         service: Service = app.state.service
@@ -59,8 +62,26 @@ def serve(source: LLM | Callable[[], LLM], options: ServerOptions, listen: Liste
     return server.signals[0] if server.signals else 0
 
 
+def _allow_files(n: int) -> None:
+    """That many may be open, as far as the system lets this process decide: many shells set 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n if hard == resource.RLIM_INFINITY else min(n, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _most_connections() -> int:
+    """Of which each is a file, beside others."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= MAX_CONNECTIONS + OTHER_FILES:
+        return MAX_CONNECTIONS
+    most = max(soft - OTHER_FILES, soft // 2)
+    log.warning(f"at most {most} connections, because only {soft} files may be open: raise `ulimit -n`")
+    return most
+
+
 def _config(app: Any) -> uvicorn.Config:
-    connection = partial(Connection, stall_s=app.state.service.options.stall_s, most=MAX_CONNECTIONS)
+    connection = partial(Connection, stall_s=app.state.service.options.stall_s, most=_most_connections())
     return uvicorn.Config(
         app,
         http=connection,  # type: ignore[arg-type]
@@ -71,7 +92,6 @@ def _config(app: Any) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSING_S,
