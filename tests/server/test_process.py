@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,10 +15,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from threads import until
+
+import flashformer as ff
+from flashformer.server import Listen, ServerOptions, main
 
 LONG = {
     "messages": [{"role": "user", "content": "def f"}],
@@ -136,6 +142,8 @@ def test_d65_the_key_may_come_from_the_environment(tmp_path: Path) -> None:
         (("--host", "0.0.0.0"), "--api-key or FLASHFORMER_API_KEY"),
         (("--host", "::"), "--api-key or FLASHFORMER_API_KEY"),
         (("--host", "no.such.host.invalid"), "no such address"),
+        (("--host", "a" * 64 + ".example"), "no such address"),
+        (("--host", "a..example"), "no such address"),
         (("--port", "70000"), "port=70000"),
         (("--max-waiting", "-1"), "max_waiting=-1"),
         (("--shutdown-timeout", "nan"), "shutdown_timeout"),
@@ -153,3 +161,37 @@ def test_a_model_that_is_none_is_the_users_error(tmp_path: Path) -> None:
     with serving("--port", "0", model=str(tmp_path / "none"), HF_HUB_OFFLINE="1") as process:
         line(process, "LoadError|RequestError")
         assert process.wait(60) == 2
+
+
+@pytest.mark.parametrize("code", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+def test_an_address_that_this_machine_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """As ::1 for localhost where there is no IPv6."""
+    create = socket.create_server
+    missing, other = {"::1"}, [(socket.AF_INET6, ("::1", 0, 0, 0)), (socket.AF_INET, ("127.0.0.1", 0))]
+
+    def create_server(address: tuple[str, int], **further: Any) -> socket.socket:
+        if address[0] in missing:
+            raise OSError(code, os.strerror(code))
+        return create(address, **further)
+
+    found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in other]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(socket, "create_server", create_server)
+    options = ServerOptions(model_name="x")
+    with main._sockets(Listen("localhost", 0), options) as (one,):
+        assert one.getsockname()[0] == "127.0.0.1"
+    missing.add("127.0.0.1")
+    with pytest.raises(ff.RequestError, match=os.strerror(code)), main._sockets(Listen("localhost", 0), options):
+        pass
+
+
+def test_an_address_that_is_taken_is_refused_whatever_others_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        addresses = [("127.0.0.2", port), ("127.0.0.1", port)]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        options = ServerOptions(model_name="x")
+        with pytest.raises(ff.RequestError, match="cannot listen"), main._sockets(Listen("localhost", port), options):
+            pass
+        socket.create_server(("127.0.0.2", port)).close()  # was let go

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import signal
 import socket
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
@@ -155,29 +156,47 @@ def _inet_sockets(listen: Listen, options: ServerOptions) -> list[socket.socket]
     """One for every address of the host."""
     try:
         found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise RequestError(f"--host {listen.host}: no such address: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # the second for a name that no DNS could hold
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"--host {listen.host}: no such address: {reason}") from None
     addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
     if options.api_key is None and not all(is_loopback(str(address[0])) for _, address in addresses):
         raise RequestError(
             f"--host {listen.host}: others could use this server without a key: give --api-key or FLASHFORMER_API_KEY, "
             "or listen on 127.0.0.1"
         )
-    opened: list[socket.socket] = []
-    port = listen.port
     try:
-        for family, address in addresses:
-            one = socket.create_server((address[0], port, *address[2:]), family=family)
-            opened.append(one)
-            port = one.getsockname()[1]
+        opened = _listening(addresses, listen.port)
     except OSError as error:
-        for one in opened:
-            one.close()
         raise RequestError(
-            f"{listen.host}:{port}: cannot listen there: {error.strerror}; choose another --port"
+            f"{listen.host}:{listen.port}: cannot listen there: {error.strerror}; choose another --host or --port"
         ) from None
+    port = opened[0].getsockname()[1]
     host = f"[{listen.host}]" if ":" in listen.host else listen.host
     log.info(f"{options.model_name} at http://{host}:{port}")
+    return opened
+
+
+def _listening(addresses: Sequence[tuple[int, Any]], port: int) -> list[socket.socket]:
+    """All at one port, at every address that this machine has: `localhost` is often an IPv6 address, too, which a
+    machine without IPv6 lacks. Raises OSError where there is none, and where one cannot be used.
+    """
+    opened: list[socket.socket] = []
+    absent = OSError()
+    with ExitStack() as stack:
+        for family, address in addresses:
+            try:
+                one = stack.enter_context(socket.create_server((address[0], port, *address[2:]), family=family))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                absent = error
+            else:
+                opened.append(one)
+                port = one.getsockname()[1]
+        if not opened:
+            raise absent
+        stack.pop_all()
     return opened
 
 
