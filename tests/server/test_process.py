@@ -144,6 +144,8 @@ def test_d65_the_key_may_come_from_the_environment(tmp_path: Path) -> None:
         (("--host", "no.such.host.invalid"), "no such address"),
         (("--host", "a" * 64 + ".example"), "no such address"),
         (("--host", "a..example"), "no such address"),
+        (("--uds", "s"), "instead of an address: leave out --port"),
+        (("--uds", "s", "--host", "127.0.0.1"), "leave out --host and --port"),
         (("--port", "70000"), "port=70000"),
         (("--max-waiting", "-1"), "max_waiting=-1"),
         (("--shutdown-timeout", "nan"), "shutdown_timeout"),
@@ -153,7 +155,7 @@ def test_d65_the_key_may_come_from_the_environment(tmp_path: Path) -> None:
 )
 def test_d66_what_cannot_be_served_is_said(options: tuple[str, ...], says: str) -> None:
     with serving("--port", "0", *options) as process:
-        line(process, says)
+        line(process, f"{says}|is ready")
         assert process.wait(60) == 2
 
 
@@ -195,3 +197,8 @@ def test_an_address_that_is_taken_is_refused_whatever_others_are_free(monkeypatc
         with pytest.raises(ff.RequestError, match="cannot listen"), main._sockets(Listen("localhost", port), options):
             pass
         socket.create_server(("127.0.0.2", port)).close()  # was let go
+
+
+def test_d66_a_path_that_is_none_is_refused() -> None:
+    with pytest.raises(ff.RequestError, match="path is empty"):
+        Listen(uds="")

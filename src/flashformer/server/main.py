@@ -43,6 +43,8 @@ class Listen:
 
     def __post_init__(self) -> None:
         integer("port", self.port, (0, 65535))
+        if self.uds == "":  # to the system: a name of its own choice, which everybody may use
+            raise RequestError("--uds: the path is empty")
 
 
 def serve(source: LLM | Callable[[], LLM], options: ServerOptions, listen: Listen) -> int:
