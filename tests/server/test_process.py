@@ -35,8 +35,10 @@ LONG = {
 
 
 @contextmanager
-def serving(*options: str, model: str = "demo", **env: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "flashformer.cli", "serve", model, "--threads", "1", "--ctx", "512", *options]
+def serving(
+    *options: str, model: str = "demo", program: tuple[str, ...] = ("-m", "flashformer.cli"), **env: str
+) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, *program, "serve", model, "--threads", "1", "--ctx", "512", *options]
     environment = {**os.environ, "FLASHFORMER_API_KEY": "", **env}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -106,6 +108,49 @@ def test_d62_after_the_timeout_streams_end_with_an_error(tmp_path: Path) -> None
             *_, last = [text for text in lines if text]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
         assert process.wait(60) == 0
+
+
+NEVER = """
+import sys, threading
+from {module} import {name}
+from flashformer.cli import main, serve
+
+def never(*_):
+    print("never ends", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+serve.END_S = 0.5
+{name}.{method} = never
+main()
+"""
+
+
+def test_d62_a_model_that_does_not_close_does_not_keep_the_process(tmp_path: Path) -> None:
+    never = NEVER.format(module="flashformer.engine", name="LLM", method="close")
+    with serving("--uds", str(tmp_path / "s"), program=("-c", never)) as process:
+        line(process, "is ready")
+        process.send_signal(signal.SIGTERM)
+        line(process, "never ends")
+        assert process.wait(60) == 1
+        line(process, "in never")  # a traceback
+
+
+def test_d62_the_second_signal_ends_although_an_answer_does_not(tmp_path: Path) -> None:
+    never = NEVER.format(module="flashformer.server.work", name="Work", method="run")
+    path = tmp_path / "s"
+    with serving("--uds", str(path), program=("-c", never)) as process, socket.socket(socket.AF_UNIX) as client:
+        line(process, "is ready")
+        client.connect(str(path))
+        data = json.dumps(LONG).encode()
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(data), data)
+        )
+        line(process, "never ends")
+        process.send_signal(signal.SIGTERM)
+        line(process, "again to end at once")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 1
 
 
 def test_d63_what_a_killed_server_left_is_no_obstacle(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ import typer
 from .. import env
 from ..errors import RequestError
 from .options import Machine, ModelArg, QuietOpt, Room, StreamsOpt, grouped
+
+END_S = 10.0  # in which all threads must end when nothing is to be answered any more
+STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,15 @@ def serve(
         lambda: machine.load(model, ctx=room.ctx, streams=room.streams, quiet=quiet),
         options,
         listen,
+        ending=_end_soon,
     )
     if ended_by == signal.SIGINT:
         raise typer.Exit(130)
+
+
+def _end_soon() -> None:
+    """If a thread does not end, the process ends all the same, with 1, and says on stderr where each thread stands."""
+    faulthandler.dump_traceback_later(END_S, exit=True, file=STDERR)
 
 
 def _name(model: str) -> str:

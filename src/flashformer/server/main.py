@@ -47,18 +47,21 @@ class Listen:
             raise RequestError("--uds: the path is empty")
 
 
-def serve(source: LLM | Callable[[], LLM], options: ServerOptions, listen: Listen) -> int:
+def serve(
+    source: LLM | Callable[[], LLM], options: ServerOptions, listen: Listen, *, ending: Callable[[], None] | None = None
+) -> int:
     """Serves until a signal comes; gives the signal. For the main thread.
 
     The first SIGTERM or SIGINT lets running requests come to their end for options.shutdown_s, the second ends all at
-    once. Raises RequestError for an address that cannot be used, and what loading or the engine failed with.
+    once. `ending` is called when nothing is waited for but connections that close and threads that end. Raises
+    RequestError for an address that cannot be used, and what loading or the engine failed with.
     """
     options = replace(options, any_host=listen.uds is not None, host=listen.host.lower())
     _allow_files(MAX_CONNECTIONS + OTHER_FILES)
     with _sockets(listen, options) as sockets:
         app = make_app(source, options)
         service: Service = app.state.service
-        server = Server(_config(app), service)
+        server = Server(_config(app), service, ending)
         asyncio.run(server.serve(sockets=sockets))
     if service.failure is not None:
         raise service.failure
@@ -104,10 +107,10 @@ def _config(app: Any) -> uvicorn.Config:
 class Server(uvicorn.Server):
     """Keeps answering while requests come to their end: probes must hear of a shutdown, not be refused."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, ending: Callable[[], None] | None = None) -> None:
         super().__init__(config)
         self.signals: list[int] = []
-        self._service = service
+        self._service, self._ending = service, ending
         self._draining: asyncio.Task[None] | None = None
         service.when_broken = self._leave
 
@@ -137,6 +140,8 @@ class Server(uvicorn.Server):
             self._leave()
 
     def _leave(self) -> None:
+        if self._ending is not None and not self.should_exit:
+            self._ending()
         self.should_exit = True
 
 
