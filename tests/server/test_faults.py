@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -30,17 +28,10 @@ from serving import (
 from threads import until
 
 import flashformer as ff
-from flashformer.server import ServerOptions, main, make_app
+from flashformer.server import ServerOptions, make_app
 from flashformer.server.service import State
 
 ENDLESS = {**LONG, "stream": True}
-
-
-def closed(client: socket.socket) -> bool:
-    try:
-        return client.recv(1 << 16) == b""
-    except ConnectionResetError:
-        return True
 
 
 # ---- B: what is sent --------------------------------------------------------------------------------------------
@@ -64,12 +55,6 @@ def test_b31_a_body_that_is_too_large_is_refused_before_it_is_read(here: Running
     assert here.post(COMPLETIONS, prompt=PROMPT, max_tokens=1).status_code == 200
 
 
-def test_b31_a_head_that_is_too_large_is_refused(here: Running) -> None:
-    with connect(here) as client:
-        client.sendall(head(COMPLETIONS, 2, "X-Long: " + "x" * 100_000))
-        assert received(client).split()[1] in (b"400", b"431")
-
-
 def test_b31_a_body_that_does_not_come_is_not_waited_for(llm: ff.LLM, tmp_path: Path) -> None:
     with running(llm, tmp_path, body_s=0.2) as here, connect(here) as client:
         client.sendall(head(COMPLETIONS, 100) + b'{"prompt"')
@@ -78,6 +63,7 @@ def test_b31_a_body_that_does_not_come_is_not_waited_for(llm: ff.LLM, tmp_path: 
 
 def test_b31_the_memory_of_all_bodies_is_bounded(here: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashformer.server.guard.MAX_BODIES_BYTES", 1000)
+    monkeypatch.setattr("flashformer.server.guard.UNCOUNTED_BODY_BYTES", 0)
     with connect(here) as client:
         client.sendall(head(COMPLETIONS, 900) + b" " * 800)
         until(lambda: here.service._bodies._n_bytes == 800)
@@ -86,6 +72,22 @@ def test_b31_the_memory_of_all_bodies_is_bounded(here: Running, monkeypatch: pyt
         assert answer.headers["retry-after"] == "1"
     until(lambda: here.service._bodies._n_bytes == 0)
     assert here.post(COMPLETIONS, prompt=PROMPT, max_tokens=1).status_code == 200
+    until(lambda: here.service._bodies._n_bytes == 0)
+
+
+def test_b31_slow_uploads_lock_nobody_out(here: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashformer.server.guard.MAX_BODIES_BYTES", 1000)
+    monkeypatch.setattr("flashformer.server.guard.UNCOUNTED_BODY_BYTES", 500)
+    with connect(here) as one, connect(here) as other:
+        for client in (one, other):
+            client.sendall(head(COMPLETIONS, 1001) + b" " * 1000)
+        until(lambda: here.service._bodies._n_bytes == 1000)
+        data = json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode()
+        for n_bytes, status in ((500, 200), (501, 503)):
+            headers = {"content-type": "application/json"}
+            answer = here.client.post(COMPLETIONS, content=data.ljust(n_bytes), headers=headers)
+            assert answer.status_code == status
+        until(lambda: here.service._bodies._n_bytes == 1000)
     until(lambda: here.service._bodies._n_bytes == 0)
 
 
@@ -131,7 +133,7 @@ def test_d58_gone_while_waiting(here: Running, gate: Gate) -> None:
     for client in waiting[:3]:
         client.close()
     until(lambda: here.n_waiting == 1)
-    assert here.n_jobs == 3
+    until(lambda: here.n_jobs == 3)
     for client in (*running_, waiting[3]):
         client.close()
     gate.open()
@@ -257,32 +259,3 @@ def test_d60_a_thousand_at_once(folder: Path) -> None:
                     await asyncio.sleep(0.01)
 
     asyncio.run(scene())
-
-
-def test_d61_who_sends_no_request_is_cut_off(llm: ff.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "HEADERS_S", 2.0)
-    with running(llm, tmp_path) as here:
-        silent, slow, second = connect(here), connect(here), connect(here)
-        second.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert received(second, b'"live"}').startswith(b"HTTP/1.1 200 ")
-        for one in (slow, second):
-            one.sendall(b"GET /live HTTP/1.1\r\nHo")
-        begin = time.monotonic()
-        for one in (silent, slow, second):
-            with one:
-                assert closed(one)
-        assert time.monotonic() - begin < 20
-
-
-def test_d61_there_are_only_so_many_connections(llm: ff.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "MAX_CONNECTIONS", 8)
-    with running(llm, tmp_path) as here:
-        clients = [connect(here) for _ in range(20)]
-        for client in clients[8:]:
-            with client:
-                assert closed(client)
-        assert len(here.server.server_state.connections) == 8
-        for client in clients[:8]:
-            client.close()
-        until(lambda: not here.server.server_state.connections)
-        assert here.client.get("/live").status_code == 200

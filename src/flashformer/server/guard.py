@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import CLOSE, RETRY, ApiError, invalid
-from .options import MAX_BODIES_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES, ServerOptions
+from .options import MAX_BODIES_BYTES, MAX_BODY_BYTES, MAX_HEADER_BYTES, UNCOUNTED_BODY_BYTES, ServerOptions
 
 T = TypeVar("T")
 
@@ -93,7 +93,10 @@ class ClientGone(Exception):  # noqa: N818  (nobody is left to be told of an err
 
 
 class Bodies:
-    """The bodies of all requests that were not answered, whose sum is bounded."""
+    """The bodies of all requests that were not answered, whose sum is bounded.
+
+    The first UNCOUNTED_BODY_BYTES of each do not count: large ones that come slowly lock out no small one.
+    """
 
     def __init__(self) -> None:
         self._n_bytes = 0
@@ -105,7 +108,7 @@ class Bodies:
         try:
             yield account
         finally:
-            self._n_bytes -= account.n_bytes
+            self._n_bytes -= account.n_counted
 
     def add(self, n_bytes: int) -> None:
         if self._n_bytes + n_bytes > MAX_BODIES_BYTES:
@@ -118,15 +121,17 @@ class Account:
     """The part of one request."""
 
     def __init__(self, bodies: Bodies) -> None:
-        self._bodies, self.n_bytes = bodies, 0
+        self._bodies, self._n_bytes, self.n_counted = bodies, 0, 0
 
     def add(self, n_bytes: int) -> None:
         """Raises ApiError."""
-        if self.n_bytes + n_bytes > MAX_BODY_BYTES:
+        total = self._n_bytes + n_bytes
+        if total > MAX_BODY_BYTES:
             message = f"the body is larger than {MAX_BODY_BYTES} bytes, the most that is accepted"
             raise ApiError(413, message, code="body_too_large", headers=CLOSE)
-        self._bodies.add(n_bytes)
-        self.n_bytes += n_bytes
+        n_counted = max(total - UNCOUNTED_BODY_BYTES, 0)
+        self._bodies.add(n_counted - self.n_counted)
+        self._n_bytes, self.n_counted = total, n_counted
 
 
 async def read_body(request: Request, account: Account, options: ServerOptions) -> bytes:

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import signal
 import socket
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..engine import LLM
 from ..engine.request import integer
 from ..errors import RequestError
 from ..log import log
 from .app import make_app
+from .connection import Connection
 from .guard import is_loopback
 from .options import MAX_CONNECTIONS, MAX_HEADER_BYTES, ServerOptions
 from .service import Service
 
-HEADERS_S = 10.0  # in which the head of a request must have come in
 KEEP_ALIVE_S = 30
 OTHER_FILES = 256  # beside connections
 CLOSING_S = 2  # in which connections must close when all requests are answered
@@ -42,20 +43,25 @@ class Listen:
 
     def __post_init__(self) -> None:
         integer("port", self.port, (0, 65535))
+        if self.uds == "":  # to the system: a name of its own choice, which everybody may use
+            raise RequestError("--uds: the path is empty")
 
 
-def serve(source: LLM | Callable[[], LLM], options: ServerOptions, listen: Listen) -> int:
+def serve(
+    source: LLM | Callable[[], LLM], options: ServerOptions, listen: Listen, *, ending: Callable[[], None] | None = None
+) -> int:
     """Serves until a signal comes; gives the signal. For the main thread.
 
     The first SIGTERM or SIGINT lets running requests come to their end for options.shutdown_s, the second ends all at
-    once. Raises RequestError for an address that cannot be used, and what loading or the engine failed with.
+    once. `ending` is called when nothing is waited for but connections that close and threads that end. Raises
+    RequestError for an address that cannot be used, and what loading or the engine failed with.
     """
     options = replace(options, any_host=listen.uds is not None, host=listen.host.lower())
     _allow_files(MAX_CONNECTIONS + OTHER_FILES)
     with _sockets(listen, options) as sockets:
         app = make_app(source, options)
         service: Service = app.state.service
-        server = Server(_config(app), service)
+        server = Server(_config(app), service, ending)
         asyncio.run(server.serve(sockets=sockets))
     if service.failure is not None:
         raise service.failure
@@ -70,10 +76,21 @@ def _allow_files(n: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _most_connections() -> int:
+    """Of which each is a file, beside others."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= MAX_CONNECTIONS + OTHER_FILES:
+        return MAX_CONNECTIONS
+    most = max(soft - OTHER_FILES, soft // 2)
+    log.warning(f"at most {most} connections, because only {soft} files may be open: raise `ulimit -n`")
+    return most
+
+
 def _config(app: Any) -> uvicorn.Config:
+    connection = partial(Connection, stall_s=app.state.service.options.stall_s, most=_most_connections())
     return uvicorn.Config(
         app,
-        http=Connection,
+        http=connection,  # type: ignore[arg-type]
         loop="asyncio",
         ws="none",
         lifespan="on",
@@ -81,7 +98,6 @@ def _config(app: Any) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSING_S,
@@ -91,10 +107,10 @@ def _config(app: Any) -> uvicorn.Config:
 class Server(uvicorn.Server):
     """Keeps answering while requests come to their end: probes must hear of a shutdown, not be refused."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, ending: Callable[[], None] | None = None) -> None:
         super().__init__(config)
         self.signals: list[int] = []
-        self._service = service
+        self._service, self._ending = service, ending
         self._draining: asyncio.Task[None] | None = None
         service.when_broken = self._leave
 
@@ -124,50 +140,9 @@ class Server(uvicorn.Server):
             self._leave()
 
     def _leave(self) -> None:
+        if self._ending is not None and not self.should_exit:
+            self._ending()
         self.should_exit = True
-
-
-class Connection(H11Protocol):
-    """A connection that is closed where its client sends no request for too long, or where there are too many.
-
-    Requests find in their scope's state how to cut it off without waiting for what was sent to be taken.
-    """
-
-    _head_due: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": transport.abort}
-        if len(self.connections) > MAX_CONNECTIONS:
-            transport.abort()
-        else:
-            self._expect()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._expect()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._head_due is not None:
-            self._head_due.cancel()
-        super().connection_lost(exc)
-
-    @property
-    def _has_request(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _expect(self) -> None:
-        """Sets a time for the head of a request, unless there is one, or a time for it."""
-        if self._has_request and self._head_due is not None:
-            self._head_due.cancel()
-            self._head_due = None
-        elif not self._has_request and self._head_due is None:
-            self._head_due = self.loop.call_later(HEADERS_S, self._give_up)
-
-    def _give_up(self) -> None:
-        self._head_due = None
-        if not self._has_request:
-            self.transport.abort()
 
 
 @contextmanager
@@ -188,29 +163,47 @@ def _inet_sockets(listen: Listen, options: ServerOptions) -> list[socket.socket]
     """One for every address of the host."""
     try:
         found = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise RequestError(f"--host {listen.host}: no such address: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # the second for a name that no DNS could hold
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"--host {listen.host}: no such address: {reason}") from None
     addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
     if options.api_key is None and not all(is_loopback(str(address[0])) for _, address in addresses):
         raise RequestError(
             f"--host {listen.host}: others could use this server without a key: give --api-key or FLASHFORMER_API_KEY, "
             "or listen on 127.0.0.1"
         )
-    opened: list[socket.socket] = []
-    port = listen.port
     try:
-        for family, address in addresses:
-            one = socket.create_server((address[0], port, *address[2:]), family=family)
-            opened.append(one)
-            port = one.getsockname()[1]
+        opened = _listening(addresses, listen.port)
     except OSError as error:
-        for one in opened:
-            one.close()
         raise RequestError(
-            f"{listen.host}:{port}: cannot listen there: {error.strerror}; choose another --port"
+            f"{listen.host}:{listen.port}: cannot listen there: {error.strerror}; choose another --host or --port"
         ) from None
+    port = opened[0].getsockname()[1]
     host = f"[{listen.host}]" if ":" in listen.host else listen.host
     log.info(f"{options.model_name} at http://{host}:{port}")
+    return opened
+
+
+def _listening(addresses: Sequence[tuple[int, Any]], port: int) -> list[socket.socket]:
+    """All at one port, at every address that this machine has: `localhost` is often an IPv6 address, too, which a
+    machine without IPv6 lacks. Raises OSError where there is none, and where one cannot be used.
+    """
+    opened: list[socket.socket] = []
+    absent = OSError()
+    with ExitStack() as stack:
+        for family, address in addresses:
+            try:
+                one = stack.enter_context(socket.create_server((address[0], port, *address[2:]), family=family))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                absent = error
+            else:
+                opened.append(one)
+                port = one.getsockname()[1]
+        if not opened:
+            raise absent
+        stack.pop_all()
     return opened
 
 

@@ -11,6 +11,7 @@ MAX_CONNECTIONS = 2048
 MAX_HEADER_BYTES = 32 << 10
 MAX_BODY_BYTES = 8 << 20
 MAX_BODIES_BYTES = 64 << 20  # of all requests that were not answered
+UNCOUNTED_BODY_BYTES = 64 << 10  # of each, in that sum
 MAX_PROMPTS = 16  # of a request
 MAX_CHOICES = 8  # for a prompt, and no more than there are streams
 
