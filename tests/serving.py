@@ -1,4 +1,4 @@
-"""A server in a thread of the test, at a UNIX socket, and a model whose forwards the test can hold back."""
+"""A server in a thread of the test, at a UNIX socket and a port, and a model whose forwards the test can hold back."""
 
 from __future__ import annotations
 
@@ -47,34 +47,37 @@ class Gate:
         self._forward, self._permits, self._is_open = llm.kernel.forward, threading.Semaphore(0), True
         self.n_rows: list[int] = []  # of the forwards that were run
         self.n_asked = 0
-        self.error: Exception | None = None  # raised instead of running
+        self._errors: list[Exception] = []  # raised instead of running
         llm.kernel.forward = self  # type: ignore[method-assign,assignment]
 
     def __call__(self, n_rows: int, *again: Any) -> None:
         self.n_asked += 1
         if not self._is_open:
             assert self._permits.acquire(timeout=BOUND_S)
-        if self.error is not None:
-            raise self.error
+        if self._errors:
+            raise self._errors.pop()
         self.n_rows.append(n_rows)
         self._forward(n_rows, *again)
 
     def shut(self) -> None:
         self._permits, self._is_open = threading.Semaphore(0), False
 
+    def fail(self, error: Exception, times: int = 1000) -> None:
+        self._errors = [error] * times
+
     def let(self, n: int) -> None:
         self._permits.release(n)
 
     def open(self) -> None:
         self._is_open = True
-        self._permits.release(1 << 20)
+        self._permits.release(64)  # for who waits now
 
 
 class Running:
     """A server, how it stands, and a client of it."""
 
-    def __init__(self, server: main.Server, service: Service, path: Path) -> None:
-        self.server, self.service, self.path = server, service, path
+    def __init__(self, server: main.Server, service: Service, path: Path, port: int) -> None:
+        self.server, self.service, self.path, self.url = server, service, path, f"http://127.0.0.1:{port}"
         self.client = httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://server", timeout=60)
 
     @property
@@ -122,14 +125,14 @@ def read_events(response: httpx.Response) -> Iterator[Any]:
 def running(
     source: ff.LLM | Callable[[], ff.LLM], folder: Path, *, wait: bool = True, **options: Any
 ) -> Iterator[Running]:
-    """At a socket in `folder`. `wait`: until it is ready."""
+    """At a socket in `folder`, and at any free port. `wait`: until it is ready."""
     path = folder / "socket"
     app = make_app(source, ServerOptions(**{"model_name": NAME, "any_host": True, **options}))
     server = main.Server(main._config(app), app.state.service)
-    sockets = [main._unix_socket(str(path))]
+    sockets = [main._unix_socket(str(path)), socket.create_server(("127.0.0.1", 0))]
+    here = Running(server, app.state.service, path, sockets[1].getsockname()[1])
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)))
     thread.start()
-    here = Running(server, app.state.service, path)
     try:
         until(lambda: server.started)
         until(lambda: not wait or here.service.state in (State.READY, State.BROKEN))

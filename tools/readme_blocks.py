@@ -2,9 +2,9 @@
 
     python tools/readme_blocks.py NAME      prints the `sh NAME` block, for .ci/run
 
-The words after the opening fence say how: `python` and plain `sh` run in the environment of the tests, `sh NAME`
-is a command for a fresh checkout and runs in .ci/run, `text pipeline` lists folders of the package. There is no
-other kind.
+The words after the opening fence say how: `python` and plain `sh` run in the environment of the tests, `python client`
+beside a server, `sh NAME` is a command for a fresh checkout and runs in .ci/run, `text pipeline` lists folders of the
+package. There is no other kind.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .errors import (
+    ContextError,
     DeviceError,
     FlashformerError,
     LoadError,
@@ -33,6 +34,7 @@ _LAZY = (
 
 __all__ = [
     "LLM",
+    "ContextError",
     "DeviceError",
     "FlashformerError",
     "LoadError",

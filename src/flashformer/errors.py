@@ -15,6 +15,10 @@ class RequestError(FlashformerError, ValueError):
     """An argument of a request, or a command line, is out of its range."""
 
 
+class ContextError(RequestError):
+    """A prompt does not fit into the context."""
+
+
 class ProgramError(FlashformerError):
     """A Program failed its proof. Carries the findings; always a bug of this package."""
 

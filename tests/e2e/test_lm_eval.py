@@ -13,104 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from folders import model_folder
-
-os.environ.update(HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
-
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
+from harness_tasks import CTX, SETTINGS, TEXTS, evaluated, harness_folder, responses, task_folder
 
 import flashformer as ff
 from flashformer.compat.lm_eval import HarnessModel
 
 ROOT = Path(__file__).parents[2]
-CTX = 96
-CHOICES = [chr(c) for c in range(33, 127)]
-QUESTIONS = ["What is it?", "def f(x): ", "  spaces  ", "é and 日本", "", "<s>begun", "x" * 120, "Why, then?\n"]
-TEXTS = ["A short text.", "z", "It is longer than the context. " * 9, "<s>With its own beginning", "日本語 🙂"]
-SETTINGS = {
-    "choice": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{text}}",
-        "doc_to_choice": CHOICES,
-        "target_delimiter": "",
-        "doc_to_target": "{{index}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    },
-    "words": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{text}}",
-        "doc_to_choice": ["several words", "one", "日本 "],
-        "doc_to_target": 2,
-        "metric_list": [{"metric": "acc"}],
-    },
-    "rolling": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    },
-    "answer": {
-        "output_type": "generate_until",
-        "doc_to_text": "{{text}}",
-        "doc_to_target": "{{text}}",
-        "generation_kwargs": {"until": ["\n", "never", "not", "nor", "neither", "7"], "max_gen_toks": 24},
-        "metric_list": [{"metric": "exact_match"}],
-    },
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in f32 whose tokenizer transformers reads alike."""
-    folder = model_folder(tmp_path_factory.mktemp("model"), seed=5)
-    tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
-    return folder
+    return harness_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    for name, settings in SETTINGS.items():
-        texts = [text for text in (TEXTS if name == "rolling" else QUESTIONS) if text or name != "answer"]
-        if name == "words":
-            texts = [text for text in texts if text]
-        data = folder / f"{name}.jsonl"
-        rows = [{"text": text, "index": 7 * i % len(CHOICES)} for i, text in enumerate(texts)]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **source, **settings}))
-    return folder
-
-
-def evaluated(model: str, folder: Path, tasks: Path, **arguments: Any) -> dict[str, Any]:
-    found = simple_evaluate(
-        model=model,
-        model_args={"pretrained": str(folder), **arguments},
-        tasks=list(SETTINGS),
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-    assert found is not None
-    return dict(found)
+    return task_folder(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
-def both(folder: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield [
-            evaluated("hf", folder, tasks, dtype="float32", device="cpu", max_length=CTX),
-            evaluated("flashformer", folder, tasks, dtype="float32", threads=1),
-        ]
-
-
-def responses(found: dict[str, Any], task: str) -> list[Any]:
-    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
-    return [response for sample in samples for (response,) in sample["resps"]]
+def both(folder: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    cache, model = tmp_path_factory.mktemp("datasets"), str(folder)
+    return [
+        evaluated("hf", tasks, cache, pretrained=model, dtype="float32", device="cpu", max_length=CTX),
+        evaluated("flashformer", tasks, cache, pretrained=model, dtype="float32", threads=1),
+    ]
 
 
 @pytest.mark.parametrize("task", ["choice", "words"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -48,6 +49,27 @@ def run_in_ci(block, tmp_path):
     assert run_here(["bash", "-n", "-c", block.code], tmp_path).returncode == 0
 
 
+def run_client(block, tmp_path):
+    """Against the server whose command stands in the text, at a port that is free."""
+    command = re.search(r"&& flashformer (serve \w+)`", README)[1].split()
+    server = [sys.executable, "-m", "flashformer.cli", *command, "--port", "0", "--threads", "1"]
+    environment = {**os.environ, "FLASHFORMER_API_KEY": ""}
+    with subprocess.Popen(server, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = ""
+            while "is ready" not in said:
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            address = re.search(r"http://127\.0\.0\.1:\d+", said)[0]
+            assert "http://127.0.0.1:8000" in block.code
+            run_python(block._replace(code=block.code.replace("http://127.0.0.1:8000", address)), tmp_path)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+
+
 def name_folders(block, tmp_path):
     parts = [line.split()[0] for line in block.code.splitlines()]
     missing = [part for part in parts if not (PACKAGE / part / "__init__.py").exists()]
@@ -60,6 +82,7 @@ HOW = {
     ("sh", "first"): run_in_ci,
     ("sh", "second"): run_in_ci,
     ("python", ""): run_python,
+    ("python", "client"): run_client,
     ("text", "pipeline"): name_folders,
 }
 
@@ -119,7 +142,10 @@ def test_table_shows_the_last_record(tmp_path):
     assert shown[-1] == "Measured on: X, avx2, 2 threads."
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/design.md", "docs/program.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/design.md", "docs/program.md", "docs/server.md"]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
     page = ROOT / name
     links = [link for link in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in link]

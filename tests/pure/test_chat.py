@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from chats import CHATS, SOURCES, TOOL, message
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizer_kinds import KINDS
 from transformers import AutoTokenizer
 
 from flashformer import RequestError
+from flashformer.checkpoint import chat as chats_of
 from flashformer.checkpoint.chat import ChatEncoder
 from flashformer.checkpoint.tokenizer import Tokenizer, load_tokenizer
 
@@ -127,3 +134,65 @@ def test_every_noncharacter_used(tmp_path: Path) -> None:
     tokenizer, _ = chatty(tmp_path, "qwen2", "chatml")
     with pytest.raises(RequestError, match="noncharacter"):
         tokenizer.encode_chat([message("user", "".join(map(chr, range(0xFDD0, 0xFDF0))))])
+
+
+# ---- special tokens in a text are found in a time that their number does not change
+
+MANY = frozenset({"<s>", "</s>", *(f"[control_{i}]" for i in range(768))})
+
+
+@given(words=st.frozensets(st.text("ab<|", min_size=1, max_size=5), max_size=9), text=st.text("ab<|c\n", max_size=40))
+def test_special_tokens_are_found_wherever_they_begin(words: frozenset[str], text: str) -> None:
+    due = [
+        (begin, begin + max(len(word) for word in words if text.startswith(word, begin)))
+        for begin in range(len(text))
+        if any(text.startswith(word, begin) for word in words)
+    ]
+    for window in (1, 7, 64):
+        with mock.patch.object(chats_of, "_WINDOW_CHARS", window):
+            assert list(chats_of._compiled(words).found(text)) == due
+
+
+def test_words_that_begin_with_each_other_are_found_however_many() -> None:
+    words = chats_of._compiled(frozenset("a" * n for n in range(1, 300)))
+    assert list(words.found("aba" + "a" * 400))[:3] == [(0, 1), (2, 301), (3, 302)]
+
+
+def alternatives(pattern: str) -> list[int]:
+    """How many there are in every group of a pattern, beginning with the pattern itself."""
+    counts, inside = [1], [0]
+    for sign in re.sub(r"\\.|\[[^]]*\]", "", pattern):
+        if sign == "(":
+            inside.append(len(counts))
+            counts.append(1)
+        elif sign == ")":
+            inside.pop()
+        elif sign == "|":
+            counts[inside[-1]] += 1
+    return counts
+
+
+def test_one_character_decides_among_special_tokens() -> None:
+    assert alternatives("a|(b|c(?=d|e|f))") == [2, 2, 3]
+    words = chats_of._compiled(MANY)
+    counts = alternatives(words.whole.pattern)
+    assert counts[0] == len({word[0] for word in MANY}) == 2
+    assert max(counts) <= 11  # a digit, or the end
+
+
+def test_a_long_text_is_searched_piece_by_piece() -> None:
+    """Other threads run between the pieces."""
+
+    spans: list[int] = []
+
+    class Recorded:
+        def finditer(self, text: str, begin: int, end: int) -> Iterator[re.Match[str]]:
+            spans.append(min(end, len(text)) - begin)
+            return compiled.whole.finditer(text, begin, end)
+
+    compiled = chats_of._compiled(MANY)
+    recorded = dataclasses.replace(compiled, whole=Recorded())  # type: ignore[arg-type]
+    text = "[control_7" * 30_000 + "]"
+    assert list(recorded.found(text)) == [(len(text) - 11, len(text))]
+    assert len(spans) >= 4
+    assert max(spans) <= 70_000

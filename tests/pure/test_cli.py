@@ -116,7 +116,8 @@ BAD_LINES = [
     (("bench", "MODEL", "-p", "-5"), "prompt_tokens"),
     (("bench", "MODEL", "-p", "97"), "97"),
     (("plan", "MODEL", "-n", "5"), "-n"),
-    (("serve", "MODEL"), "serve"),
+    (("serve", "MODEL", "--max-waiting", "-1"), "max_waiting=-1"),
+    (("serve", "MODEL", "--port", "65536"), "port=65536"),
     (("chat", "MODEL"), "no default chat template"),
     (("chat", "MODEL", "--top-p", "0"), "top_p=0"),
     (("chat", "MODEL", "hi"), "hi"),
@@ -216,6 +217,22 @@ def test_the_log_is_lines_on_stderr(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert "warning: the cache is full" in lines
     assert ("packed 5 bytes" in lines) == (not quiet)
     assert (log.level, log.handlers) == (level, handlers)
+
+
+def test_an_error_in_the_log_says_what_raised_it_and_where(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_kernel(checked, weights, **_: object) -> Kernel:
+        try:
+            raise ZeroDivisionError("of our own")
+        except ZeroDivisionError as error:
+            log.error("a request failed", exc_info=error)
+        return ReferenceKernel(checked, weights)
+
+    monkeypatch.setattr("flashformer.engine.engine.load_kernel", load_kernel)
+    lines = call("run", folder, PROMPT, "-n", "2", "--quiet").stderr.splitlines()
+    at = lines.index("warning: a request failed")
+    assert lines[at + 1] == "Traceback (most recent call last):"
+    assert "ZeroDivisionError: of our own" in lines[at + 2 :]
+    assert any("in load_kernel" in line for line in lines[at + 2 :])
 
 
 BENCH_FIELDS = {

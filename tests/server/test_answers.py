@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -275,6 +274,7 @@ def test_b24_a_prompt_longer_than_the_context_is_refused_with_both_numbers(here:
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert (error["type"], error["param"]) == ("invalid_request_error", "prompt")
+        assert error["code"] == "context_length_exceeded"
         assert re.search(r"600 .* 512", error["message"])
 
 
@@ -308,6 +308,40 @@ def test_b35_nothing_of_a_stop_string_goes_out(here: Running, llm: ff.LLM) -> No
     assert text_of(here.events(COMPLETIONS, **asked)) == expected
     choice = here.post(COMPLETIONS, **asked).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == (expected, "stop")
+
+
+def test_b35_nothing_of_a_stop_string_stands_in_the_log_probabilities(here: Running, llm: ff.LLM) -> None:
+    asked: dict[str, Any] = {"temperature": 1.0, "max_tokens": 40, "ignore_eos": True}
+    for seed in range(200):  # until four tokens in a row are ASCII, one each
+        ids = llm.generate(PROMPT, seed=seed, **asked).token_ids
+        begins = [i for i in range(1, 37) if llm.tokenizer.decode(ids[i - 1 : i + 3]).isascii()]
+        if begins and len(stop := llm.tokenizer.decode(ids[begins[0] : begins[0] + 3])) == 3:
+            break
+    asked |= {"prompt": PROMPT, "seed": seed, "stop": stop, "logprobs": 2}
+    whole = here.post(COMPLETIONS, **asked).json()["choices"][0]
+    chunks = [event["choices"][0]["logprobs"] for event in here.events(COMPLETIONS, **asked)[:-1]]
+    streamed = [name for logprobs in chunks if logprobs for name in logprobs["tokens"]]
+    assert whole["finish_reason"] == "stop"
+    assert len(whole["logprobs"]["tokens"]) == begins[0]
+    assert streamed == whole["logprobs"]["tokens"]
+
+
+def test_the_log_probabilities_of_one_answer_are_bounded(here: Running) -> None:
+    few: dict[str, Any] = {"prompt": [5] * 400, "logprobs": 20, "echo": True}
+    assert here.post(COMPLETIONS, **few, max_tokens=1).status_code == 200
+    for body in (
+        {**few, "prompt": [[5] * 400] * 16, "n": 2, "max_tokens": 100},
+        {**few, "prompt": [[5]] * 16, "n": 2, "max_tokens": 500, "echo": False},
+    ):
+        answer = here.post(COMPLETIONS, **body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logprobs")
+
+
+def test_d60_who_asks_again_after_an_answer_finds_a_place(folder: Path, tmp_path: Path) -> None:
+    with load(folder, streams=1) as llm, running(llm, tmp_path, max_waiting=0) as here:
+        for stream in (False, True):
+            found = {here.post(COMPLETIONS, prompt="a", max_tokens=1, stream=stream).status_code for _ in range(60)}
+            assert found == {200}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -344,54 +378,3 @@ def test_a_model_without_a_chat_template_refuses_chats_alone(tmp_path: Path) -> 
         assert answer.status_code == 400
         assert "template" in answer.json()["error"]["message"]
         assert here.post(COMPLETIONS, prompt=PROMPT, max_tokens=1).status_code == 200
-
-
-def test_models(here: Running) -> None:
-    body = here.client.get("/v1/models").json()
-    (model,) = body["data"]
-    assert (body["object"], model["id"], model["object"], model["max_model_len"]) == ("list", NAME, "model", 512)
-    assert here.client.get(f"/v1/models/{NAME}").json() == model
-    for answer in (here.client.get("/v1/models/other/x"), here.post(CHATS, messages=CHAT, model="other")):
-        assert answer.status_code == 404
-        assert answer.json()["error"]["code"] == "model_not_found"
-
-
-def test_metrics_count_what_was_done(here: Running) -> None:
-    names = ("prompt_tokens_total", "generation_tokens_total", "prefix_cache_queries_total", "prefix_cache_hits_total",
-             "time_to_first_token_seconds_count", "inter_token_latency_seconds_count",
-             "time_per_output_token_seconds_count", "e2e_request_latency_seconds_count",
-             "request_queue_time_seconds_count")  # fmt: skip
-    before = {name: here.metric(name) for name in names}
-    ended = here.metric("request_success_total", finished_reason="length")
-    here.post(COMPLETIONS, prompt=[7] * 10, max_tokens=5, ignore_eos=True)
-    here.post(COMPLETIONS, prompt=[7] * 10, max_tokens=5, ignore_eos=True)
-    here.idle()
-    after = {name: here.metric(name) - before[name] for name in names}
-    assert after == dict(zip(names, (20, 10, 20, after["prefix_cache_hits_total"], 2, 8, 2, 2, 2), strict=True))
-    assert 9 <= after["prefix_cache_hits_total"] <= 18
-    assert here.metric("request_success_total", finished_reason="length") == ended + 2
-    text = here.client.get("/metrics").text
-    assert 'le="5e-05"' in text
-    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "gb_per_s"):
-        assert here.metric(name) == 0
-
-
-def test_openapi_describes_the_fields(here: Running) -> None:
-    body = here.client.get("/openapi.json").json()
-    schemas = body["components"]["schemas"]
-    chat, completion = schemas["ChatBody"], schemas["CompletionBody"]
-    assert chat["required"] == ["messages"]
-    assert {"messages", "max_tokens", "top_k", "stream_options"} <= chat["properties"].keys()
-    assert {"prompt", "echo", "logprobs"} <= completion["properties"].keys()
-    assert not chat.get("additionalProperties", True)
-    assert set(body["paths"]) == {CHATS, COMPLETIONS, "/v1/models", "/health", "/live", "/metrics"}
-    json.dumps(body)
-
-
-def test_the_page_may_load_nothing_from_elsewhere(here: Running) -> None:
-    answer = here.client.get("/")
-    assert answer.headers["content-type"].startswith("text/html")
-    policy = answer.headers["content-security-policy"]
-    assert policy.startswith("default-src 'none'; script-src 'sha256-")
-    assert "connect-src 'self'" in policy
-    assert "unsafe" not in policy

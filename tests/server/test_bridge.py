@@ -170,5 +170,21 @@ def test_waiting_has_an_end() -> None:
             await bridge.take(loop.time() + 0.01)
         with pytest.raises(TimeoutError):
             await bridge.begun(loop.time() + 0.01)
+        bridge.put(b"there")
+        with pytest.raises(TimeoutError):
+            await bridge.take(loop.time())
+        assert await bridge.take(loop.time() + 60) == b"there"
+
+    asyncio.run(scene())
+
+
+def test_the_last_piece_needs_no_room() -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        bridge = Bridge(loop, 1)
+        bridge.put(b"full")
+        bridge.end(None, b"last")
+        assert await bridge.take(loop.time() + 60) == b"fulllast"
+        assert await bridge.take(loop.time() + 60) == b""
 
     asyncio.run(scene())

@@ -61,20 +61,29 @@ def test_d62_the_second_signal_ends_at_once(llm: ff.LLM, gate: Gate, tmp_path: P
         until(lambda: here.service.state is State.DRAINING)
         stop(here)
         until(lambda: here.server.force_exit)
+        assert b'"code":"draining"' in received(client), "what broke off does not look complete"
         gate.let(1)  # the forward that runs; there is no other
         until(lambda: here.server._loop.is_closed())
-        client.close()
 
 
-def test_d64_an_engine_that_fails_ends_the_server(llm: ff.LLM, gate: Gate, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (ff.DeviceError("worker 1 waited for worker 0 in vain"), 503, "device_error"),
+        (ff.NumericalError("NaN in layer 3", 3), 500, "numerical_error"),
+    ],
+)
+def test_d64_an_engine_that_fails_ends_the_server(
+    llm: ff.LLM, gate: Gate, tmp_path: Path, error: Exception, status: int, code: str
+) -> None:
     with running(llm, tmp_path) as here:
-        gate.error = ff.DeviceError("worker 1 waited for worker 0 in vain")
+        gate.fail(error)
         answer = here.post(COMPLETIONS, prompt=PROMPT)
-        assert answer.status_code == 503
-        assert answer.json()["error"]["code"] == "device_error"
+        assert answer.status_code == status
+        assert answer.json()["error"]["code"] == code
         until(lambda: here.service.state is State.BROKEN)
         until(lambda: here.server._loop.is_closed())
-        assert isinstance(here.service.failure, ff.DeviceError)
+        assert here.service.failure is error
 
 
 def test_d64_an_error_that_passes_does_not(llm: ff.LLM, here: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +117,28 @@ def test_health_waits_for_a_token(folder: Path, tmp_path: Path) -> None:
         assert here.client.get("/health").status_code == 200
     with pytest.raises(ff.DeviceError, match="closed"):
         made[0].generate("a")
+
+
+def test_a_model_that_comes_after_the_end_is_closed(folder: Path, tmp_path: Path) -> None:
+    loading, made = threading.Event(), []
+
+    def source() -> ff.LLM:
+        loading.wait(60)
+        made.append(load(folder))
+        return made[0]
+
+    with running(source, tmp_path, wait=False):
+        pass
+    loading.set()
+    until(lambda: bool(made) and made[0].turns._closed)
+
+
+def test_a_model_that_is_lent_keeps_what_it_holds(llm: ff.LLM, tmp_path: Path) -> None:
+    n = len(llm.generate(PROMPT, max_tokens=1).prompt_token_ids)
+    with running(llm, tmp_path) as here:
+        usage = here.post(COMPLETIONS, prompt=PROMPT, max_tokens=1).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == n - 1
+    assert llm.generate(PROMPT, max_tokens=1).token_ids
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:

@@ -108,13 +108,14 @@ def test_paths_and_methods_that_are_none(here: Running) -> None:
 
 
 def test_b36_a_number_that_is_none_is_an_error(here: Running, gate: Gate) -> None:
-    gate.error = ff.NumericalError("NaN in layer 3", 3)
+    gate.fail(ff.NumericalError("NaN in layer 3", 3), times=1)
     answer = here.post(CHATS, messages=CHAT)
     assert answer.status_code == 500
     assert (answer.json()["error"]["code"], answer.json()["error"]["message"]) == ("numerical_error", "NaN in layer 3")
+    here.idle()
+    gate.fail(ff.NumericalError("NaN in layer 3", 3), times=1)
     *_, last = here.events(CHATS, messages=CHAT)
     assert last["error"]["code"] == "numerical_error"
-    gate.error = None
     assert here.post(CHATS, messages=CHAT, max_tokens=1).status_code == 200
     assert here.client.get("/health").status_code == 200
     here.idle()

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import stat
@@ -23,6 +24,7 @@ from threads import until
 
 import flashformer as ff
 from flashformer.server import Listen, ServerOptions, main
+from flashformer.server.options import MAX_CONNECTIONS
 
 LONG = {
     "messages": [{"role": "user", "content": "def f"}],
@@ -179,6 +181,18 @@ def test_d65_the_key_may_come_from_the_environment(tmp_path: Path) -> None:
         line(process, "is ready")
         assert client.get("/health").status_code == 401
         assert client.get("/health", headers={"authorization": "Bearer k"}).status_code == 200
+
+
+def test_d61_a_low_limit_of_files_is_raised_for_connections(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        with serving("--uds", str(tmp_path / "s")) as process:
+            line(process, "is ready")
+            soft, _ = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert soft > MAX_CONNECTIONS or soft == before[1]
 
 
 @pytest.mark.parametrize(

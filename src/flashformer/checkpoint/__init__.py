@@ -3,6 +3,7 @@
 from .folder import Checkpoint, open_checkpoint
 from .packed import PackedFormats, PackedWeights
 from .tensor import Tensor
-from .tokenizer import Tokenizer, TokenStream
+from .token_stream import TokenStream
+from .tokenizer import Tokenizer
 
 __all__ = ["Checkpoint", "PackedFormats", "PackedWeights", "Tensor", "TokenStream", "Tokenizer", "open_checkpoint"]

@@ -19,20 +19,22 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from .template import ChatTemplate
+from .template import MAX_VALUE_DEPTH, ChatTemplate
 
 if TYPE_CHECKING:
     import tokenizers
 
 _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 _EDGE_CHARS = 256  # at either end of a text, where it may be part of a special token that continues outside
+_WINDOW_CHARS = 64 << 10  # searched in one go, in which no other thread of the process runs
+_TREE_LEVELS = 16  # of patterns inside each other
 
 
 class ChatEncoder:
@@ -50,13 +52,17 @@ class ChatEncoder:
         tools: Sequence[Mapping[str, Any]] | None,
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
+        check: Callable[[int], object] = int,
     ) -> list[int]:
-        """Token ids of a rendered conversation. Raises RequestError."""
-        mark = _free_mark(template.source, messages, tools, variables)
+        """Token ids of a rendered conversation. `check`: see Tokenizer.chat_ids. Raises RequestError."""
+        texts = list(_texts((messages, tools, variables)))
+        check(sum(map(len, texts)))
+        mark = _free_mark(template.source, *texts)
         marks = Marks(frozenset(self._special.values()), mark)
         text = template.render_with(
             marks.put, messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
         )
+        check(len(text) - text.count(mark))
         if not marks.used:
             return list(self._inner.encode(text, add_special_tokens=False).ids)
         # Where tojson writes ASCII only, it has spelled the mark.
@@ -110,13 +116,12 @@ class Marks:
         """`text`, broken up by marks wherever it is or may become a special token."""
         words = _compiled(self._words)
         places: set[int] = set()  # a mark goes in front of these characters
-        for match in words.whole.finditer(text):
-            begin, word = match.start(), match.group(1)
-            if len(word) == 1 and not word.isspace():
+        for begin, end in words.found(text):
+            if end - begin == 1 and not text[begin].isspace():
                 raise RequestError(
-                    f"the conversation contains {word!r}, which is a special token of the model: remove it"
+                    f"the conversation contains {text[begin]!r}, which is a special token of the model: remove it"
                 )
-            places.update(range(begin + 1, begin + len(word)))
+            places.update(range(begin + 1, end))
         places.update(self._edges(text, words))
         if not places:
             return text
@@ -146,27 +151,37 @@ class Marks:
 
 @dataclass(frozen=True)
 class _Words:
-    """`whole`: every special token, overlapping ones too; `heads`, `tails`, `insides`: proper parts of them.
+    """`whole`: the first character of a special token, and as a group what follows it in the longest one that begins
+    there; `longest`: characters of the longest of all; `heads`, `tails`, `insides`: proper parts of them.
 
     Parts that consist of letters, digits, - and _ only are left out: `user`, `text` and `tool_call` are words that
     templates compare with.
     """
 
     whole: re.Pattern[str]
+    longest: int
     firsts: frozenset[str]
     heads: frozenset[str]
     tails: frozenset[str]
     insides: frozenset[str]
 
+    def found(self, text: str) -> Iterator[tuple[int, int]]:
+        """(begin, end) of the longest special token at every place where one begins: they may overlap."""
+        for window in range(0, len(text), _WINDOW_CHARS):
+            stop = window + _WINDOW_CHARS
+            for match in self.whole.finditer(text, window, stop + self.longest - 1):
+                if match.start() < stop:
+                    yield match.start(), match.end(match.lastindex or 0)
+
 
 @lru_cache(maxsize=8)
 def _compiled(words: frozenset[str]) -> _Words:
-    longest_first = sorted(words, key=lambda word: (-len(word), word))
     heads = {w[:n] for w in words for n in range(1, min(len(w), _EDGE_CHARS))}
     tails = {w[n:] for w in words for n in range(1, len(w) - 1)}
     insides = {w[a:b] for w in words if len(w) <= 64 for a in range(1, len(w)) for b in range(a + 1, len(w))}
     return _Words(
-        whole=re.compile(f"(?=({'|'.join(map(re.escape, longest_first))}))" if words else r"(?!)()"),
+        whole=re.compile(_search(words) or "(?!)"),
+        longest=max(map(len, words), default=1),
         firsts=frozenset(w[0] for w in words),
         heads=frozenset(filter(_odd, heads)),
         tails=frozenset(filter(_odd, tails)),
@@ -174,28 +189,54 @@ def _compiled(words: frozenset[str]) -> _Words:
     )
 
 
+def _search(words: Collection[str]) -> str:
+    """Finds every word, also inside another one: it takes a first character, and looks at what follows."""
+    rests = _by_first(words)
+    return "|".join(f"{re.escape(first)}(?=({_longest(rests[first], _TREE_LEVELS)}))" for first in sorted(rests))
+
+
+def _longest(words: Collection[str], levels: int) -> str:
+    """Matches the longest of some words. At every character there is one way on, however many words there are."""
+    if not levels:  # words that begin with each other, so many that the compiler would refuse
+        return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    branches = []
+    for first, rests in sorted(_by_first(words).items()):
+        low, high = min(rests), max(rests)
+        common = low[: next((i for i, c in enumerate(low) if not high.startswith(c, i)), len(low))]
+        further = _longest({rest[len(common) :] for rest in rests}, levels - 1) if len(rests) > 1 else ""
+        branches.append(re.escape(first + common) + further)
+    return f"(?:{'|'.join(branches)}){'?' if '' in words else ''}" if branches else ""
+
+
+def _by_first(words: Collection[str]) -> dict[str, list[str]]:
+    """First character -> what follows it in the words that have one."""
+    rests: dict[str, list[str]] = {}
+    for word in filter(None, words):
+        rests.setdefault(word[0], []).append(word[1:])
+    return rests
+
+
 def _odd(part: str) -> bool:
     return re.fullmatch(r"[\w-]*", part) is None
 
 
-def _free_mark(*values: Any) -> str:
+def _free_mark(*texts: str) -> str:
     """A noncharacter that appears nowhere in the conversation."""
-    taken: set[str] = set()
-
-    def look(value: Any) -> None:
-        if isinstance(value, str):
-            taken.update(c for c in _NONCHARACTERS if c in value)
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                look(key)
-                look(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                look(item)
-
-    for value in values:
-        look(value)
-    free = next((c for c in _NONCHARACTERS if c not in taken), None)
+    free = next((c for c in _NONCHARACTERS if not any(c in text for text in texts)), None)
     if free is None:
         raise RequestError("the conversation uses every noncharacter from U+FDD0 to U+FDEF: remove one of them")
     return free
+
+
+def _texts(value: Any, depth: int = -2) -> Iterator[str]:
+    """Every text in the value, names included. Messages, tools and variables are at depth 0."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | Sequence):
+        if depth == MAX_VALUE_DEPTH:
+            raise RequestError(f"messages, tools or variables: nested more than {MAX_VALUE_DEPTH} deep")
+        for item in value:
+            yield from _texts(item, depth + 1)
+        if isinstance(value, Mapping):
+            for item in value.values():
+                yield from _texts(item, depth + 1)

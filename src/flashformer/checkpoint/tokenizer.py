@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from .chat import ChatEncoder
 from .convert import no_tokenizer
 from .files import member, read_bytes, read_json, refuse_impostor, shown
 from .template import ChatTemplate, Templates, read_templates
+from .token_stream import TokenStream, cleaned_up
 from .tokenizer_class import CLASSES, TokenizerClass, class_name, rebuilt
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
-
-# What transformers replaces in decoded text where `clean_up_tokenization_spaces` is set, in this order.
-_CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 # Byte-level vocabularies write a byte that is no printable character as one of those from U+0100 on, in order.
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -49,7 +47,7 @@ class Tokenizer:
         self._inner = inner
         self.templates = templates
         self.special_tokens = special_tokens
-        self._clean_up = clean_up
+        self.clean_up = clean_up
         self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)  # largest id + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -66,7 +64,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids without special tokens; an incomplete character becomes U+FFFD."""
         text = self._inner.decode(list(ids), skip_special_tokens=True)
-        return cleaned_up(text) if self._clean_up else text
+        return cleaned_up(text) if self.clean_up else text
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text, as UTF-8, of which it may have a part; of a special token, its name."""
@@ -78,6 +76,23 @@ class Tokenizer:
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
             return bytes.fromhex(byte[1])
         return name.replace("\u2581", " ").encode()
+
+    def is_silent(self, token_id: int) -> bool:
+        """Whether a token is no part of any text: special ones, and ids that the tokenizer does not know."""
+        name = self._inner.id_to_token(token_id)
+        return name is None or name in self._special
+
+    @cached_property
+    def byte_fallback(self) -> Mapping[int, int]:
+        """Token id -> byte, where decoding joins such tokens to characters (as SentencePiece does); else empty."""
+        ids = {self._inner.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        found = {id_: byte for id_, byte in ids.items() if id_ is not None}
+        stray = self._inner.token_to_id("<0x80>")
+        return found if stray is not None and self.decode([stray]) == "\ufffd" else {}
+
+    @cached_property
+    def _special(self) -> frozenset[str]:
+        return frozenset(t.content for t in self._inner.get_added_tokens_decoder().values() if t.special)
 
     def stream(self) -> TokenStream:
         """A decoder for the tokens of one sequence as they come."""
@@ -102,9 +117,26 @@ class Tokenizer:
         spells one is encoded as text (see `checkpoint/chat.py`). For all other text the ids are those of
         transformers' apply_chat_template. Raises RequestError where there is no template, or where it fails.
         """
-        template = self._template(tools=tools is not None)
+        return self.chat_ids(messages, tools, variables, add_generation_prompt=add_generation_prompt)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = True,
+        check: Callable[[int], object] = int,
+    ) -> list[int]:
+        """As `encode_chat`. `check` is given the number of characters of all texts before work is done for them, and
+        that of the rendered text before it is encoded: it may refuse them."""
         return self._chat.encode(
-            template, messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
+            self._template(tools=tools is not None),
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+            check=check,
         )
 
     def render_chat(
@@ -134,54 +166,6 @@ class Tokenizer:
     @cached_property
     def _compiled(self) -> dict[str, ChatTemplate]:
         return {}
-
-
-class TokenStream:
-    """Incremental `decode`: the pieces joined, with that of `finish`, are the text of all ids.
-
-    A piece is what a token adds to the text of the tokens of the piece before it, so that decoders that treat the
-    first token of a text differently see the same beginning twice. (`tokenizers.DecodeStream` raises where bytes
-    that are not UTF-8 change the text before them. Here, as there, the number of U+FFFD for such bytes may differ
-    from that in `decode`.)
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []  # of the last piece, then what has come since
-        self._n_given = 0  # of these, tokens whose text was handed out
-
-    def step(self, token_id: int) -> str | None:
-        """The text that `token_id` completes, or None while a character is not whole."""
-        self._ids.append(token_id)
-        piece = self._new_text()
-        if not piece or piece.endswith("\ufffd") or self._unsettled(piece):
-            return None
-        del self._ids[: self._n_given]
-        self._n_given = len(self._ids)
-        return piece
-
-    def finish(self) -> str | None:
-        """What is left at the end of the sequence: an incomplete character, as U+FFFD, or None."""
-        piece = self._new_text()
-        self._n_given = len(self._ids)
-        return piece or None
-
-    def _new_text(self) -> str:
-        given = self._tokenizer.decode(self._ids[: self._n_given])
-        return self._tokenizer.decode(self._ids)[len(given) :]
-
-    def _unsettled(self, piece: str) -> bool:
-        """Whether later text may yet change the end of this piece."""
-        return self._tokenizer._clean_up and any(
-            piece.endswith(pattern[:n]) for pattern in _CLEAN_UP for n in range(1, len(pattern))
-        )
-
-
-def cleaned_up(text: str) -> str:
-    """`text` as transformers cleans it: no space before punctuation and English contractions."""
-    for pattern in _CLEAN_UP:
-        text = text.replace(pattern, pattern.strip())
-    return text
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

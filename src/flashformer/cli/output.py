@@ -57,10 +57,10 @@ def _show_warning(message: object, *_: Any, **__: Any) -> None:
 
 
 class _Lines(logging.Handler):
-    """The package's log as lines on stderr."""
+    """The package's log as lines on stderr, and with an error what raised it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        (warn if record.levelno >= logging.WARNING else note)(record.getMessage())
+        (warn if record.levelno >= logging.WARNING else note)(self.format(record))
 
 
 @contextmanager

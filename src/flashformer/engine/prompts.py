@@ -47,7 +47,9 @@ class Prompts:
         given = requests.template_variables(variables)
         if isinstance(messages, Sequence) and len(messages) > LIMITS.messages:
             raise RequestError(f"messages: {len(messages)}, at most {LIMITS.messages} are accepted")
-        ids = self.tokenizer.encode_chat(messages, tools=tools, **given)
+        ids = self.tokenizer.chat_ids(
+            messages, tools, given, check=lambda n: requests.require_chars("messages", n, self._ctx)
+        )
         if not ids:
             raise RequestError("messages: the chat template made no text of them; expected some content")
         return self._checked(ids)
@@ -61,11 +63,11 @@ class Prompts:
         if isinstance(prompt, str) and isinstance(continuation, str):
             context = prompt.rstrip()
             first = self._encoded(context)
-            whole = self._encoded(requests.prompt_text(prompt + requests.prompt_text(continuation)))
+            whole = self._encoded(prompt + self._text(continuation))
             rest: Sequence[int] | NDArray[np.integer] = whole[len(first) :]
         elif isinstance(continuation, str):
             first = list(_listed("prompt", prompt))
-            rest = self.tokenizer.encode(requests.prompt_text(continuation), add_special_tokens=False)
+            rest = self.tokenizer.encode(self._text(continuation), add_special_tokens=False)
         else:
             first = self._encoded(prompt) if isinstance(prompt, str) else list(_listed("prompt", prompt))
             rest = _listed("continuation", continuation)
@@ -84,8 +86,11 @@ class Prompts:
     def _checked(self, ids: Ids) -> NDArray[np.int32]:
         return requests.token_ids(ids, self._spec.vocab_size, self._ctx)
 
+    def _text(self, text: str) -> str:
+        return requests.prompt_text(text, self._ctx)
+
     def _encoded(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(requests.prompt_text(text))
+        ids = self.tokenizer.encode(self._text(text))
         if not ids and self._spec.bos_id is not None:
             ids = [self._spec.bos_id]
         if not ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import MAX_BIASES
-from ..errors import RequestError
+from ..errors import ContextError, RequestError
 from ..model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_MAX_TOKENS = 256
+SHOWN_CHARS = 80  # of a value, in a message
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Limits:
     """Hard bounds, both ends allowed."""
 
     prompt_chars: int = 8 << 20
+    chars_per_position: int = 64  # of the context, beyond `spare_chars`: longer text is not even encoded
+    spare_chars: int = 64 << 10
     max_tokens: tuple[int, int] = (1, 1 << 30)
     temperature: tuple[float, float] = (1e-6, 100.0)  # or 0, which is greedy
     top_k: tuple[int, int] = (0, 2**31 - 1)  # and no more than the vocabulary
@@ -178,14 +181,46 @@ def real(name: str, value: object, limits: tuple[float, float], *, or_zero: str 
 
 
 def shown(value: object) -> str:
-    """`value` for a message, cut where it is long."""
+    """`value` for a message, cut where it is long; no more of it is looked at than is shown."""
     if isinstance(value, int) and abs(value) >= 1 << 128:
         return f"an integer of {value.bit_length()} bits"
+    text = ""
     try:
-        text = repr(value)
+        for part in _repr(value):
+            text += part
+            if len(text) > SHOWN_CHARS:
+                break
     except ValueError:  # such an integer inside
         text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 3]}..."
+
+
+def _repr(value: object) -> Iterator[str]:
+    """`repr`, part by part; of a long text as much as is shown."""
+    if type(value) is str:
+        quotes = "".join(quote for quote in "'\"" if quote in value)  # they decide on the quotes around it
+        yield repr(value if len(value) <= SHOWN_CHARS else value[:SHOWN_CHARS] + quotes)
+    elif type(value) is dict:
+        yield "{"
+        for i, (key, item) in enumerate(value.items()):
+            yield ", " if i else ""
+            yield from _repr(key)
+            yield ": "
+            yield from _repr(item)
+        yield "}"
+    elif type(value) is list or type(value) is tuple:
+        yield "[" if type(value) is list else "("
+        for i, item in enumerate(value):
+            yield ", " if i else ""
+            yield from _repr(item)
+        yield "]" if type(value) is list else ",)" if len(value) == 1 else ")"
+    else:
+        yield repr(value)
 
 
 def temperature(value: object) -> float:
@@ -272,11 +307,22 @@ def unicode_text(name: str, text: str) -> str:
     return text
 
 
-def prompt_text(text: str) -> str:
-    """Text that every tokenizer can encode. Raises RequestError."""
+def prompt_text(text: str, ctx: int) -> str:
+    """Text that every tokenizer can encode, and that may fit into `ctx` positions. Raises RequestError."""
     if len(text) > LIMITS.prompt_chars:
         raise RequestError(f"prompt of {len(text)} characters: at most {LIMITS.prompt_chars} are accepted")
+    require_chars("prompt", len(text), ctx)
     return unicode_text("prompt", text)
+
+
+def require_chars(name: str, n: int, ctx: int) -> None:
+    """Refuses text that is far too long for `ctx` positions before work is done for all of it. Raises RequestError."""
+    most = LIMITS.chars_per_position * ctx + LIMITS.spare_chars
+    if n > most:
+        raise ContextError(
+            f"{name} of {n} characters: too long for the context of {ctx}, for which at most {most} are read: "
+            "shorten it, or load with a larger ctx"
+        )
 
 
 def template_variables(given: object) -> dict[str, Any]:
@@ -288,8 +334,8 @@ def template_variables(given: object) -> dict[str, Any]:
     if len(given) > LIMITS.template_variables:
         raise RequestError(f"template_variables: {len(given)}, at most {LIMITS.template_variables} are accepted")
     for name, value in given.items():
-        if not isinstance(name, str) or name in _RESERVED_VARIABLES:
-            raise RequestError(f"template_variables: name {shown(name)}: expected text, none of {_RESERVED_VARIABLES}")
+        if not isinstance(name, str) or name in RESERVED_VARIABLES:
+            raise RequestError(f"template_variables: name {shown(name)}: expected text, none of {RESERVED_VARIABLES}")
         if not isinstance(value, str | int | float | None):
             raise RequestError(
                 f"template_variables[{shown(name)}]={shown(value)}: expected text, a number, True, False or None"
@@ -297,7 +343,7 @@ def template_variables(given: object) -> dict[str, Any]:
     return dict(given)
 
 
-_RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt")
+RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt")
 
 
 def token_ids(ids: Sequence[object] | NDArray[np.integer], vocab_size: int, ctx: int) -> NDArray[np.int32]:
@@ -305,7 +351,7 @@ def token_ids(ids: Sequence[object] | NDArray[np.integer], vocab_size: int, ctx:
     if len(ids) == 0:
         raise RequestError("empty list of token ids: at least one is needed, for example the BOS id")
     if len(ids) > ctx:
-        raise RequestError(too_long(len(ids), ctx))
+        raise ContextError(too_long(len(ids), ctx))
     if isinstance(ids, np.ndarray) and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
         raise RequestError(f"token ids of shape {ids.shape}, {ids.dtype}: expected one dimension of integers")
     limits = (0, vocab_size - 1)
@@ -320,9 +366,9 @@ def clamp_tokens(max_tokens: object, n_prompt: int, ctx: int) -> int:
     """New tokens that may be made: what is asked, at most what the context leaves. Raises RequestError."""
     asked = DEFAULT_MAX_TOKENS if max_tokens is None else integer("max_tokens", max_tokens, LIMITS.max_tokens)
     if n_prompt > ctx:
-        raise RequestError(too_long(n_prompt, ctx))
+        raise ContextError(too_long(n_prompt, ctx))
     if n_prompt == ctx:
-        raise RequestError(
+        raise ContextError(
             f"prompt of {n_prompt} tokens fills the context of {ctx} and leaves no room for a new one: "
             "shorten it, or load with a larger ctx"
         )
@@ -337,7 +383,10 @@ def is_batch(prompt: object) -> bool:
         raise RequestError(f"prompt of type {type(prompt).__name__}: expected text, token ids, or a list of these")
     if not prompt:
         raise RequestError("empty list of prompts: expected text, token ids, or a list of these")
-    nested = [isinstance(p, str | list | tuple | np.ndarray) for p in prompt]
-    if any(nested) and not all(nested):
+    nested = {issubclass(kind, _PROMPTS) for kind in set(map(type, prompt))}  # there may be millions
+    if len(nested) > 1:
         raise RequestError("list of prompts mixed with single token ids: expected either a list of prompts or of ids")
-    return nested[0]
+    return nested.pop()
+
+
+_PROMPTS = (str, list, tuple, np.ndarray)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import msgspec
 
 from ..engine import Timing
 from .errors import ApiError
+from .shapes import ChatDelta, ChatLogprobs, ChatMessage, ChatToken, ChatTokenChoice, TextLogprobs, Timings, Usage
 from .tokens import Entry, Likely, Vocabulary
 
-Json = dict[str, Any]
+Json = Mapping[str, Any]
 DONE = b"data: [DONE]\n\n"
 
 
@@ -46,7 +47,7 @@ def error_event(error: ApiError) -> bytes:
     return event(error.body)
 
 
-def usage(done: Sequence[Done]) -> Json:
+def usage(done: Sequence[Done]) -> Usage:
     """Of a prompt with several choices its tokens count once."""
     first = [one for one in done if one.choice == 0]
     n_prompt, n_new = sum(one.n_prompt for one in first), sum(one.n_new for one in done)
@@ -58,8 +59,8 @@ def usage(done: Sequence[Done]) -> Json:
     }
 
 
-def timings(done: Done) -> Json:
-    """Of one answer. A number that there is none of is left out."""
+def timings(done: Done) -> Timings:
+    """Of one answer."""
     timing = done.timing
     known = {} if timing is None else {name: getattr(timing, name) for name in timing.__dataclass_fields__}
     return {
@@ -68,13 +69,13 @@ def timings(done: Done) -> Json:
         **({} if done.cache_miss is None else {"cache_miss": done.cache_miss}),
         "max_tokens_clamped": done.clamped,
         **speed(known.pop("gb_s", None), done.measured_gb_s),
-        **{name: value for name, value in known.items() if value is not None},
+        **cast(Timings, {name: value for name, value in known.items() if value is not None}),
     }
 
 
-def speed(gb_s: float | None, measured_gb_s: float | None) -> Json:
+def speed(gb_s: float | None, measured_gb_s: float | None) -> Timings:
     """Bytes of weights and KV read per second, 1e9 bytes, beside what this machine was measured to read."""
-    given = {} if gb_s is None else {"gb_s": gb_s}
+    given: Timings = {} if gb_s is None else {"gb_s": gb_s}
     return given if measured_gb_s is None else {**given, "measured_gb_s": measured_gb_s}
 
 
@@ -139,29 +140,30 @@ class ChatAnswer(Answer):
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def first(self, index: int) -> bytes:
-        delta = {"role": "assistant", "content": ""}
+        delta: ChatDelta = {"role": "assistant", "content": ""}
         return self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
     def _delta(self, index: int, text: str, entries: list[Entry] | None) -> Json:
-        delta = {"content": text} if text or entries else {}
+        delta: ChatDelta = {"content": text} if text or entries else {}
         return {"index": index, "delta": delta, "logprobs": self._logprobs(entries), "finish_reason": None}
 
     def _choice(self, done: Done) -> Json:
-        message = {"role": "assistant", "content": done.text, "refusal": None}
+        message: ChatMessage = {"role": "assistant", "content": done.text, "refusal": None}
         return {"index": done.index, "message": message, "logprobs": self._logprobs(done.entries)}
 
-    def _logprobs(self, entries: list[Entry] | None) -> Json | None:
+    def _logprobs(self, entries: list[Entry] | None) -> ChatLogprobs | None:
         """Of the tokens of the text; the one that ended it is not among them."""
         if entries is None:
             return None
-        content = [
+        content: list[ChatTokenChoice] = [
             {**self._token(entry.chosen), "top_logprobs": [self._token(other) for other in entry.top]}
             for entry in entries
             if not entry.ends
         ]
         return {"content": content, "refusal": None}
 
-    def _token(self, token: Likely) -> Json:
+    def _token(self, token: Likely) -> ChatToken:
+        assert token.logprob is not None  # something predicts every token of an answer
         raw = self.vocabulary.bytes_of(token.token_id)
         return {"token": self.vocabulary.text_of(token.token_id), "logprob": token.logprob, "bytes": list(raw)}
 
@@ -178,7 +180,7 @@ class CompletionAnswer(Answer):
     def _choice(self, done: Done) -> Json:
         return {"index": done.index, "text": done.text, "logprobs": self._logprobs(done.entries)}
 
-    def _logprobs(self, entries: list[Entry] | None) -> Json | None:
+    def _logprobs(self, entries: list[Entry] | None) -> TextLogprobs | None:
         """Four lists, an entry per token, the one that ended the text included."""
         if entries is None:
             return None
@@ -190,11 +192,11 @@ class CompletionAnswer(Answer):
             "text_offset": [entry.offset for entry in entries],
         }
 
-    def _top(self, entry: Entry) -> dict[str, float | None] | None:
+    def _top(self, entry: Entry) -> dict[str, float] | None:
         """The likeliest, and the chosen token where it is not one of them. Of two with one name, the likelier."""
-        if entry.chosen.logprob is None:
-            return None
-        found: dict[str, float | None] = {}
+        found: dict[str, float] = {}
         for token in (*entry.top, entry.chosen):
+            if token.logprob is None:
+                return None
             found.setdefault(self.vocabulary.name_of(token.token_id), token.logprob)
         return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -29,6 +30,7 @@ from .metrics import CONTENT_TYPE
 from .options import ServerOptions
 from .schema import read_chat, read_completion
 from .service import Service
+from .shapes import Live, Model, ModelList, Ready
 
 
 def make_app(source: LLM | Callable[[], LLM], options: ServerOptions) -> Starlette:
@@ -43,7 +45,8 @@ def make_app(source: LLM | Callable[[], LLM], options: ServerOptions) -> Starlet
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         service.begin()
         try:
-            yield
+            with suppress(asyncio.CancelledError):  # ended at once
+                yield
         finally:
             await service.end()
 
@@ -53,13 +56,12 @@ def make_app(source: LLM | Callable[[], LLM], options: ServerOptions) -> Starlet
     async def completions(request: Request) -> Response:
         return await service.answer(request, read_completion)
 
-    def model() -> dict[str, Any]:
-        known = {"max_model_len": service.loaded.llm.setup.target.ctx} if service.loaded else {}
-        given = {"id": options.model_name, "object": "model", "created": began, "owned_by": "flashformer"}
-        return {**given, **known}
+    def model() -> Model:
+        given: Model = {"id": options.model_name, "object": "model", "created": began, "owned_by": "flashformer"}
+        return {**given, "max_model_len": service.loaded.llm.setup.target.ctx} if service.loaded else given
 
     async def models(_: Request) -> Response:
-        return _json({"object": "list", "data": [model()]})
+        return _json(ModelList(object="list", data=[model()]))
 
     async def one_model(request: Request) -> Response:
         if request.path_params["name"] != options.model_name:
@@ -69,16 +71,16 @@ def make_app(source: LLM | Callable[[], LLM], options: ServerOptions) -> Starlet
 
     async def health(_: Request) -> Response:
         service.require_ready()
-        return _json({"status": "ready"})
+        return _json(Ready(status="ready"))
 
     async def live(_: Request) -> Response:
-        return _json({"status": "live"})
+        return _json(Live(status="live"))
 
     async def metrics(_: Request) -> Response:
         return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     async def description(_: Request) -> Response:
-        return _json(openapi())
+        return _json(openapi(options, service.loaded.llm if service.loaded else None))
 
     app = Starlette(
         routes=[
@@ -101,7 +103,7 @@ def make_app(source: LLM | Callable[[], LLM], options: ServerOptions) -> Starlet
     return app
 
 
-def _json(value: dict[str, Any]) -> Response:
+def _json(value: Mapping[str, Any]) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
 

@@ -64,9 +64,11 @@ class Bridge:
             with self._room:
                 self._cancel = None
 
-    def end(self, error: BaseException | None = None) -> None:
-        """Nothing follows but this error, if there is one."""
+    def end(self, error: BaseException | None = None, last: bytes = b"") -> None:
+        """Nothing follows but these bytes, for which there is always room, and this error, if there is one."""
         with self._room:
+            if last and not self._closed:
+                self._pieces.append(last)
             self._error = self._error or error
             self._has_ended = True
         self._wake()
@@ -88,6 +90,8 @@ class Bridge:
 
         Raises what the thread ended with or `fail` was given, and TimeoutError at `deadline`, in the loop's time.
         """
+        if self._loop.time() >= deadline:
+            raise TimeoutError
         await self._until(lambda: self._has_ended or bool(self._pieces), deadline)
         with self._room:
             taken = b"".join(self._pieces)

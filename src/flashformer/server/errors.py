@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import DeviceError, NumericalError, RequestError
+from ..errors import ContextError, DeviceError, NumericalError, RequestError
 from ..log import log
+from .shapes import Error, ErrorType
 
 CLOSE = {"connection": "close"}  # where the body of the request was not read: what follows is no request
 RETRY = {"retry-after": "1"}
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_TYPES: Mapping[int, ErrorType] = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
@@ -37,7 +37,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> Error:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         said = self.message.encode("utf-8", "backslashreplace").decode()  # a name in it may have a lone surrogate
         return {"error": {"message": said, "type": kind, "param": self.param, "code": self.code}}
@@ -55,6 +55,8 @@ def api_error(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
+        case ContextError():
+            return invalid(str(error), _subject(str(error)), code="context_length_exceeded")
         case RequestError():
             return invalid(str(error), _subject(str(error)))
         case NumericalError():

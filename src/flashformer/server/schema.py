@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -18,6 +19,7 @@ from msgspec import Meta, Struct
 from ..engine.request import (
     LIMITS,
     SamplingSettings,
+    cut,
     integer,
     is_batch,
     shown,
@@ -129,6 +131,11 @@ class CompletionBody(Body, frozen=True, kw_only=True):
     echo: bool | None = None
     logprobs: int | None = None
 
+
+# Of a body: more would hold up everybody else while it is read.
+MAX_DEPTH = 32
+MAX_NUMBERS = 1 << 20  # MAX_PROMPTS of 65,536 token ids
+MAX_PARTS = 1 << 16  # strings, lists, objects, and numbers that are no integers
 
 BODIES = (ChatBody, CompletionBody)
 B = TypeVar("B", bound=Body)
@@ -261,14 +268,13 @@ def _read(data: bytes, kind: type[B]) -> B:
 
 def read_object(data: bytes) -> dict[str, Any]:
     """JSON that is an object, with no name twice in any object of it. Raises RequestError."""
+    _require_bounded(data)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     try:
         value = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
-    except RecursionError:
-        raise RequestError("the body is nested too deep: no field goes deeper than a few levels") from None
     except RequestError:
         raise
     except ValueError as error:
@@ -276,6 +282,33 @@ def read_object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(f"the body is {shown(value)}: expected an object with the fields of the request")
     return value
+
+
+def _require_bounded(data: bytes) -> None:
+    """Counts, without reading it, what stands in JSON outside of its strings. Raises RequestError.
+
+    Where the body is not JSON, it is right up to the first mistake, at which the parser stops.
+    """
+    bare = data.replace(rb"\\", b"").replace(rb"\"", b"")  # then every quote begins or ends a string
+    n_parts = bare.count(b'"') // 2
+    if n_parts <= MAX_PARTS:
+        signs = b"".join(bare.split(b'"')[::2]).translate(_SIGNS, _NO_SIGNS)
+        brackets = signs.translate(None, b",.")[: 2 * MAX_PARTS]
+        if max(accumulate(map(_DEEPER.__getitem__, brackets)), default=0) > MAX_DEPTH:
+            raise RequestError(f"the body is nested too deep: at most {MAX_DEPTH} lists and objects in each other")
+        n_parts += signs.count(b"[") + signs.count(b".")
+        n_values = signs.count(b",")
+        if n_values > MAX_NUMBERS:
+            raise RequestError(f"the body has {n_values} values: at most {MAX_NUMBERS} are accepted")
+    if n_parts > MAX_PARTS:
+        raise RequestError(
+            f"the body has {n_parts} strings, lists, objects and fractions: at most {MAX_PARTS} are accepted"
+        )
+
+
+_SIGNS = bytes.maketrans(b"{}eE", b"[]..")
+_NO_SIGNS = bytes(sorted(set(range(256)) - set(b"[]{},.eE")))
+_DEEPER = {ord("["): 1, ord("]"): -1}
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -301,11 +334,11 @@ def _require_neutral(name: str, value: object) -> None:
 def _refusal(message: str) -> ApiError:
     """msgspec's words in our order: the field first."""
     what, _, path = message.partition(" - at `$")
-    field = path.rstrip("`").removeprefix(".")
+    field = cut(path.rstrip("`").removeprefix("."))
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
-        name = f"{field}.{unknown[1]}" if field else unknown[1]
+        name = cut(f"{field}.{unknown[1]}" if field else unknown[1])
         return invalid(f"{name}: no such field; leave it out", name, code="unknown_parameter")
     if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
         name = f"{field}.{missing[1]}" if field else missing[1]
         return invalid(f"{name}: missing; it is required", name, code="missing_required_parameter")
-    return invalid(f"{field or 'body'}: {what[:1].lower()}{what[1:]}", field or None)
+    return invalid(f"{field or 'body'}: {what[:1].lower()}{cut(what[1:])}", field or None)

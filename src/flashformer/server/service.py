@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from time import perf_counter
@@ -22,7 +22,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..engine import LLM
-from ..errors import NumericalError, RequestError
+from ..engine.request import shown
+from ..errors import RequestError
 from ..log import log
 from ..version import __version__
 from .admission import Admission
@@ -80,6 +81,7 @@ class Service:
         self.state = State.LOADING
         self.loaded: Loaded | None = None
         self.failure: BaseException | None = None  # why the state is BROKEN
+        self._has_ended = False
         self.when_broken: Callable[[], None] = lambda: None
         self._source = source
         self._jobs: dict[Bridge, Work] = {}
@@ -106,7 +108,8 @@ class Service:
         try:
             llm = self._source if isinstance(self._source, LLM) else self._source()
             make_token(llm)
-            llm.forget()  # the prompt of that token
+            if self._owns_model:
+                llm.forget()  # the prompt of that token
             n = llm.setup.target.streams
             admission = Admission(n, self.options.max_waiting)
             pool = ThreadPoolExecutor(n, "flashformer-request")
@@ -114,14 +117,25 @@ class Service:
         except BaseException as error:
             self._tell(self._break, error)
         else:
-            self._tell(self._open, loaded)
+            if not self._tell(self._open, loaded):
+                self._close(loaded)
 
-    def _tell(self, use: Callable[..., object], *args: Any) -> None:
-        """Calls in the loop's thread, from any; not at all where the loop is no more."""
-        with suppress(RuntimeError):
+    @property
+    def _owns_model(self) -> bool:
+        return not isinstance(self._source, LLM)
+
+    def _tell(self, use: Callable[..., object], *args: Any) -> bool:
+        """Calls in the loop's thread, from any; False where the loop is no more."""
+        try:
             self._loop.call_soon_threadsafe(use, *args)
+        except RuntimeError:
+            return False
+        return True
 
     def _open(self, loaded: Loaded) -> None:
+        if self._has_ended:
+            threading.Thread(target=self._close, args=[loaded]).start()
+            return
         self.loaded = loaded
         target = loaded.llm.setup.target
         if self.state is State.LOADING:
@@ -141,8 +155,7 @@ class Service:
         if self.loaded is not None:
             self.loaded.admission.refuse(self._refusal())
         if not await self._is_idle(self.options.shutdown_s):
-            for bridge in list(self._jobs):
-                bridge.fail(self._refusal())
+            self.abort()
             await self._is_idle(GRACE_S)
 
     async def _is_idle(self, within_s: float) -> bool:
@@ -152,18 +165,21 @@ class Service:
         return not self._jobs
 
     def abort(self) -> None:
-        """Ends every answer, within one forward each."""
+        """Ends every answer with an error, within one forward each."""
         for bridge in list(self._jobs):
-            bridge.close()
+            bridge.fail(self._refusal())
 
     async def end(self) -> None:
+        self._has_ended = True
+        if self.state is State.READY:
+            self.state = State.DRAINING
         self.abort()
         if self.loaded is not None:
             await asyncio.to_thread(self._close, self.loaded)
 
     def _close(self, loaded: Loaded) -> None:
         loaded.pool.shutdown()
-        if not isinstance(self._source, LLM):
+        if self._owns_model:
             loaded.llm.close()
 
     # ---- one request ----------------------------------------------------------------------------------------
@@ -204,7 +220,9 @@ class Service:
     def _require_possible(self, ask: Ask, llm: LLM) -> None:
         names = dict.fromkeys((self.options.model_name, llm.name))
         if ask.model is not None and ask.model not in names:
-            message = f"model {ask.model!r}: not served here; expected {self.options.model_name!r}, or leave it out"
+            message = (
+                f"model {shown(ask.model)}: not served here; expected {self.options.model_name!r}, or leave it out"
+            )
             raise ApiError(404, message, code="model_not_found", param="model")
         if ask.n > llm.setup.target.streams:
             raise invalid(f"n={ask.n}: there are {llm.setup.target.streams} streams, and no more choices", "n")
@@ -221,7 +239,7 @@ class Service:
 
     async def _whole(self, loaded: Loaded, bridge: Bridge, deadline: float) -> bytes:
         await self._start(loaded, bridge, deadline)
-        return await bridge.take(deadline)
+        return b"".join([part async for part in self._parts(bridge, deadline)])
 
     async def _begun(self, loaded: Loaded, bridge: Bridge, deadline: float) -> None:
         await self._start(loaded, bridge, deadline)
@@ -230,26 +248,25 @@ class Service:
     async def _start(self, loaded: Loaded, bridge: Bridge, deadline: float) -> None:
         async with asyncio.timeout_at(deadline):
             await loaded.admission.enter()
-        future = loaded.pool.submit(self._run, loaded.llm, bridge, self._jobs[bridge])
-
-        def leave(_: Future[None]) -> None:
-            self._tell(loaded.admission.leave)
-
-        future.add_done_callback(leave)
-
-    def _run(self, llm: LLM, bridge: Bridge, work: Work) -> None:
-        """In a thread of the pool."""
         try:
-            work.run(bridge)
+            loaded.pool.submit(self._run, loaded, bridge, self._jobs[bridge])
+        except BaseException:
+            loaded.admission.leave()
+            raise
+
+    def _run(self, loaded: Loaded, bridge: Bridge, work: Work) -> None:
+        """In a thread of the pool. The place is free before the client has the end of its answer and asks again."""
+        last, failure = b"", None
+        try:
+            last = work.run(bridge)
         except Gone:
-            bridge.end()
-        except (RequestError, NumericalError) as error:
-            bridge.end(error)
+            pass
         except BaseException as error:
-            bridge.end(error)
-            self._look_after(llm)
-        else:
-            bridge.end()
+            failure = error
+        self._tell(loaded.admission.leave)
+        bridge.end(failure, last)
+        if failure is not None and not isinstance(failure, RequestError):
+            self._look_after(loaded.llm)
 
     def _look_after(self, llm: LLM) -> None:
         """After an error that no request explains: whether the engine still makes tokens."""
@@ -258,9 +275,13 @@ class Service:
         except BaseException as error:
             self._tell(self._break, error)
 
+    async def _parts(self, bridge: Bridge, deadline: float) -> AsyncIterator[bytes]:
+        while part := await bridge.take(deadline):
+            yield part
+
     async def _events(self, bridge: Bridge, deadline: float) -> AsyncIterator[bytes]:
         try:
-            while events := await bridge.take(deadline):
+            async for events in self._parts(bridge, deadline):
                 yield events
         except Exception as error:
             yield error_event(api_error(error))

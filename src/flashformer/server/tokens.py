@@ -42,6 +42,10 @@ class Vocabulary:
         except RequestError:
             self._bytes_of = None
 
+    @property
+    def has_text(self) -> bool:
+        return self._bytes_of is not None
+
     def bytes_of(self, token_id: int) -> bytes:
         return f"token_id:{token_id}".encode() if self._bytes_of is None else self._bytes_of(token_id)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine import Output, Piece, Stream
 from ..engine.logprobs import TokenLogprobs, token_logprobs
 from ..engine.request import DEFAULT_MAX_TOKENS, LIMITS
+from ..errors import RequestError
 from .answers import Answer, Done, speed
 from .bridge import Bridge, Gone
 from .metrics import Metrics
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ..engine.prompts import Prompt
 
 SPEED_TOKENS = 16  # every so many, a chunk of a stream says how fast it is
+PART_ENTRIES = 64  # of an echoed prompt in one chunk
+MAX_LOGPROBS = 1 << 18  # in one answer
 
 
 @dataclass
@@ -72,35 +75,55 @@ class Work:
     def gb_s(self) -> float:
         return self._pace.gb_s
 
-    def run(self, bridge: Bridge) -> None:
-        """Puts the answer on the bridge. Raises Gone, and what the engine raises."""
+    def run(self, bridge: Bridge) -> bytes:
+        """Puts the answer on the bridge but for its end, and gives that. Raises Gone, and what the engine raises."""
         metrics = self._metrics
         self._queue_s = perf_counter() - self._arrived
         metrics.queue.observe(self._queue_s)
         try:
-            self._run(bridge)
+            return self._run(bridge)
         except BaseException as error:
             metrics.end("abort" if isinstance(error, Gone) else "error")
             raise
         finally:
             metrics.latency.observe(perf_counter() - self._arrived)
 
-    def _run(self, bridge: Bridge) -> None:
-        prompts = [(prompt, choice) for prompt in self._ask.prompts(self._llm) for choice in range(self._ask.n)]
-        bridge.check()
-        streams = [self._start(prompt, choice) for prompt, choice in prompts]  # all are checked before one runs
+    def _run(self, bridge: Bridge) -> bytes:
+        prompts = self._ask.prompts(self._llm)
+        streams = [self._streams(bridge, prompt) for prompt in prompts]  # all are checked before one runs
+        self._require_bounded(streams)
         bridge.begin()
-        done = [
-            self._one(bridge, index, choice, prompt, stream)
-            for index, ((prompt, choice), stream) in enumerate(zip(prompts, streams, strict=True))
-        ]
-        bridge.put(self._answer.last(done) if self._ask.stream else self._answer.body(done))
+        done = list[Done]()
+        for prompt, choices in zip(prompts, streams, strict=True):
+            for choice, stream in enumerate(choices):
+                done.append(self._one(bridge, len(done), choice, prompt, stream))
+        return self._answer.last(done) if self._ask.stream else self._answer.body(done)
 
-    def _start(self, prompt: Prompt, choice: int) -> Stream:
-        settings = self._ask.settings
-        if choice and settings.seed is not None:
-            settings = replace(settings, seed=(settings.seed + choice) % (LIMITS.seed[1] + 1))
-        return self._llm.start(prompt, settings, warm=self._ask.warm)
+    def _streams(self, bridge: Bridge, prompt: Prompt) -> list[Stream]:
+        """One for each choice."""
+        found: list[Stream] = []
+        for choice in range(self._ask.n):
+            bridge.check()
+            settings = self._ask.settings
+            if choice and settings.seed is not None:
+                settings = replace(settings, seed=(settings.seed + choice) % (LIMITS.seed[1] + 1))
+            found.append(self._llm.start(prompt, settings, warm=self._ask.warm))
+            prompt = found[0].output.prompt_token_ids  # encoded once
+        return found
+
+    def _require_bounded(self, streams: list[list[Stream]]) -> None:
+        """What a whole answer holds is in memory until it is sent. Raises RequestError."""
+        if self._ask.settings.logprobs is None:
+            return
+        n_each = self._ask.settings.logprobs + 1
+        n_prompt = sum(len(choices[0].output.prompt_token_ids) for choices in streams) if self._ask.echo else 0
+        n_new = len(streams) * (self._ask.settings.max_tokens or DEFAULT_MAX_TOKENS)
+        n = self._ask.n * (n_prompt + min(n_new, len(streams) * self._llm.setup.target.ctx)) * n_each
+        if n > MAX_LOGPROBS:
+            raise RequestError(
+                f"logprobs: {n} of them in one answer, at most {MAX_LOGPROBS} are given: "
+                "ask for fewer likely tokens, prompts, choices or new tokens"
+            )
 
     def _one(self, bridge: Bridge, index: int, choice: int, prompt: Prompt, stream: Stream) -> Done:
         with stream, bridge.cancelling(stream.close):
@@ -110,7 +133,10 @@ class Work:
             placing = Placing(self._answer.vocabulary)
             if self._ask.echo:
                 text = prompt if isinstance(prompt, str) else self._answer.vocabulary.decode(ids)
-                said.add(text, self._prompt_entries(bridge, ids, placing))
+                entries = self._prompt_entries(bridge, ids, placing)
+                said.add(text, entries[:PART_ENTRIES] or None)
+                for at in range(PART_ENTRIES, len(entries), PART_ENTRIES):
+                    said.add("", entries[at : at + PART_ENTRIES])
             self._generate(bridge, stream, said, placing)
         done = self._done(index, choice, stream.output, said)
         self._count(done)
@@ -120,7 +146,7 @@ class Work:
     def _generate(self, bridge: Bridge, stream: Stream, said: _Said | _Kept, placing: Placing) -> None:
         metrics, settings, pace = self._metrics, self._ask.settings, self._pace
         stop_ids = () if settings.ignore_eos else self._llm.spec.eos_ids
-        before = None
+        before, held = None, list[Entry]()  # of tokens whose text is held back, which a stop string may cut off
         for piece in stream:
             now = perf_counter()
             known: dict[str, Any] = {}
@@ -133,14 +159,19 @@ class Work:
                 metrics.generation_tokens.inc()
                 if pace.note(now):
                     known = {"timings": {"tok_s": pace.tok_s, **speed(pace.gb_s, self._measured_gb_s)}}
-            said.add(piece.text, _entries(piece, placing, stop_ids), **known)
+            held += _entries(piece, placing, stop_ids)
+            due = held if piece.text or not settings.stops else []
+            said.add(piece.text, due or None, **known)
+            held = held[len(due) :]
         bridge.check()  # closed, the stream has ended early
+        if held and stream.output.stop is None:
+            said.add("", held)
 
-    def _prompt_entries(self, bridge: Bridge, ids: list[int], placing: Placing) -> list[Entry] | None:
-        """Of every token of the prompt, what the tokens before it made of it."""
+    def _prompt_entries(self, bridge: Bridge, ids: list[int], placing: Placing) -> list[Entry]:
+        """Of every token of the prompt, what the tokens before it made of it; none where that was not asked for."""
         n_top = self._ask.settings.logprobs
         if n_top is None:
-            return None
+            return []
         entries = [placing.entry(ids[0], None)]
         with closing(self._llm.logit_parts(ids)) as parts:
             for begin, rows in parts:
@@ -184,13 +215,14 @@ class _Said:
 
     def __init__(self, bridge: Bridge, answer: Answer, index: int) -> None:
         self._bridge, self._answer, self._index = bridge, answer, index
+        self._is_mute = not answer.vocabulary.has_text  # then a token's event is empty, and still says that it came
         self.texts: list[str] = []  # nothing is kept
         self.entries: list[Entry] = []
         if first := answer.first(index):
             bridge.put(first)
 
     def add(self, text: str, entries: list[Entry] | None, **further: Any) -> None:
-        if text or entries or further:
+        if text or entries or further or self._is_mute:
             self._bridge.put(self._answer.chunk(self._index, text, entries, **further))
 
     def finish(self, done: Done) -> None:
@@ -212,8 +244,8 @@ class _Kept:
         pass
 
 
-def _entries(piece: Piece, placing: Placing, stop_ids: tuple[int, ...]) -> list[Entry] | None:
+def _entries(piece: Piece, placing: Placing, stop_ids: tuple[int, ...]) -> list[Entry]:
     found: TokenLogprobs | None = piece.logprobs
     if found is None:
-        return None
+        return []
     return [placing.entry(found.token_id, found, ends=found.token_id in stop_ids)]
