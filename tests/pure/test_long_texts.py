@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 
 import flashformer as ff
 from flashformer.checkpoint.chat import ChatEncoder, Marks
+from flashformer.checkpoint.encoding import LONG_CHARS
+from flashformer.checkpoint.template import ChatTemplate
 from flashformer.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from flashformer.engine.request import LIMITS
 
@@ -112,6 +114,52 @@ def test_b24_what_a_template_makes_too_long_is_not_encoded(llm: ff.LLM) -> None:
         refused(lambda: llm.chat([{"role": "user", "content": third, "twice": third}]), 3 * len(third) + len("null"))
     finally:
         del llm.tokenizer.__dict__["_chat"]
+
+
+class Recorded:
+    """A tokenizer of the library, and how it was asked."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.calls = inner, list[str]()
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self.calls.append("encode")
+        return self.inner.encode(text, **options)
+
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
+        self.calls.append("encode_batch")
+        return self.inner.encode_batch(texts, **options)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    """The library lets go of the interpreter in `encode_batch` only."""
+    KINDS["llama 3"].write(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    inner = tokenizer._inner
+    recorded = tokenizer._inner = Recorded(inner)  # type: ignore[assignment]
+    for n, way in ((LONG_CHARS, "encode"), (LONG_CHARS + 20, "encode_batch")):
+        text = ("A word, and \u00e9 <|eot_id|> " * n)[:n]
+        assert tokenizer.encode(text) == inner.encode(text).ids
+        assert tokenizer.encode(text, False) == inner.encode(text, add_special_tokens=False).ids
+        assert recorded.calls == [way] * 2  # type: ignore[attr-defined]
+        recorded.calls.clear()  # type: ignore[attr-defined]
+    encoder = ChatEncoder(inner)
+    copy, stand_in, stand_in_id = encoder._without_specials
+    again = Recorded(copy)
+    encoder._inner = recorded
+    encoder.__dict__["_without_specials"] = again, stand_in, stand_in_id
+    for content, due in ((text, ["encode_batch"]), (text.replace("<|eot_id|>", "<|eot-id|>"), [])):
+        ids = encoder.encode(
+            ChatTemplate("{{ messages[0].content }}"),
+            [{"role": "user", "content": content}],
+            tools=None,
+            add_generation_prompt=False,
+            variables={},
+        )
+        assert inner.decode(ids, skip_special_tokens=False) == content
+        assert (recorded.calls, again.calls) == (["encode_batch"], due)  # type: ignore[attr-defined]
+        recorded.calls.clear()  # type: ignore[attr-defined]
+        again.calls.clear()
 
 
 # ---- odd texts

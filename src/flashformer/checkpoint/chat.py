@@ -26,6 +26,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+from .encoding import encoding
 from .template import MAX_VALUE_DEPTH, ChatTemplate
 
 if TYPE_CHECKING:
@@ -64,13 +65,13 @@ class ChatEncoder:
         )
         check(len(text) - text.count(mark))
         if not marks.used:
-            return list(self._inner.encode(text, add_special_tokens=False).ids)
+            return list(encoding(self._inner, text, add_special_tokens=False).ids)
         # Where tojson writes ASCII only, it has spelled the mark.
         return self.encode_marked(re.sub(rf"(?<!\\)((?:\\\\)*)\\u{ord(mark):04x}", rf"\1{mark}", text), mark)
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
         """Token ids of a rendered text in which marks break up what the template did not write itself."""
-        found = self._inner.encode(text, add_special_tokens=False)
+        found = encoding(self._inner, text, add_special_tokens=False)
         own, pieces, at = [], [], 0
         for id_, (begin, end) in zip(found.ids, found.offsets, strict=True):
             if id_ in self._special and begin >= at and text[begin:end].strip() == self._special[id_].strip():
@@ -82,7 +83,7 @@ class ChatEncoder:
         if any(stand_in in piece for piece in pieces):
             raise RequestError("the conversation contains a secret of this process: send it again")
         due, result = iter(own), []
-        for id_ in plain.encode(stand_in.join(pieces), add_special_tokens=False).ids:
+        for id_ in encoding(plain, stand_in.join(pieces), add_special_tokens=False).ids:
             if id_ in self._special and any(self._special[id_] in piece for piece in pieces):
                 raise RequestError(
                     f"the conversation contains {self._special[id_]!r}, a special token of the model that its "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoadError, RequestError
 from .chat import ChatEncoder
 from .convert import no_tokenizer
+from .encoding import encoding
 from .files import member, read_bytes, read_json, refuse_impostor, shown
 from .template import ChatTemplate, Templates, read_templates
 from .token_stream import TokenStream, cleaned_up
@@ -59,7 +60,7 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as e:
             raise RequestError(f"text has a lone surrogate at character {e.start}; expected valid Unicode") from e
-        return list(self._inner.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(encoding(self._inner, text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids without special tokens; an incomplete character becomes U+FFFD."""
