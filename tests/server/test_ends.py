@@ -86,6 +86,18 @@ def test_d64_an_engine_that_fails_ends_the_server(
         assert here.service.failure is error
 
 
+def test_d62_what_is_ended_at_once_says_so(llm: ff.LLM, gate: Gate, tmp_path: Path) -> None:
+    """Also where the end comes before the first signal was seen to."""
+    with running(llm, tmp_path) as here:
+        gate.shut()
+        client = sent(here, COMPLETIONS, **LONG, stream=True)
+        until(lambda: here.n_running == 1)
+        here.server._loop.call_soon_threadsafe(here.service.abort)
+        assert b'"code":"draining"' in received(client, b"}}")
+        assert here.post(COMPLETIONS, prompt=PROMPT).json()["error"]["code"] == "draining"
+        gate.open()
+
+
 def test_d64_an_error_that_passes_does_not(llm: ff.LLM, here: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, fuse = llm.tokenizer.stream, [1]
     monkeypatch.setattr(llm.tokenizer, "stream", lambda: stream() if not fuse else fuse.pop() / 0)

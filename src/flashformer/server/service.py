@@ -150,13 +150,16 @@ class Service:
 
     async def drain(self) -> None:
         """Takes nothing new, lets what runs come to its end for a while, then ends it with an error."""
+        self._close_doors()
+        if not await self._is_idle(self.options.shutdown_s):
+            self.abort()
+            await self._is_idle(GRACE_S)
+
+    def _close_doors(self) -> None:
         if self.state is not State.BROKEN:
             self.state = State.DRAINING
         if self.loaded is not None:
             self.loaded.admission.refuse(self._refusal())
-        if not await self._is_idle(self.options.shutdown_s):
-            self.abort()
-            await self._is_idle(GRACE_S)
 
     async def _is_idle(self, within_s: float) -> bool:
         end = self._loop.time() + within_s
@@ -165,14 +168,13 @@ class Service:
         return not self._jobs
 
     def abort(self) -> None:
-        """Ends every answer with an error, within one forward each."""
+        """Takes nothing new, and ends every answer with an error, within one forward each."""
+        self._close_doors()
         for bridge in list(self._jobs):
             bridge.fail(self._refusal())
 
     async def end(self) -> None:
         self._has_ended = True
-        if self.state is State.READY:
-            self.state = State.DRAINING
         self.abort()
         if self.loaded is not None:
             await asyncio.to_thread(self._close, self.loaded)
