@@ -33,7 +33,7 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def benchmark_figures(results: Path = RESULTS) -> str:
     lines = [line for path in sorted(results.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    records = latest(record for record in map(json.loads, lines) if "tokens_per_s" in record)
+    records = latest(record for record in map(json.loads, lines) if "device" in record)  # others are of other kinds
     if not records:
         return NO_FIGURES
 
@@ -54,38 +54,41 @@ def benchmark_figures(results: Path = RESULTS) -> str:
     return "\n".join([table(header, map(row, records)), "", f"Measured on: {'; '.join(machines)}."])
 
 
-def latest_engines(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """The newest line of engines.jsonl for every model, format and test, in the order in which they first appear."""
+def latest_pairs(results: Path = RESULTS) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(record, matched pair) of engines.jsonl, the newest of every model, format, test, of our weights and the peer, in
+    the order in which they first appear: not every run has all peers.
+    """
     path = results / "engines.jsonl"
     records = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     keys = ("model", "format", "test", "depth", "threads")
-    return list({tuple(record[key] for key in keys): record for record in records}.values())
+    pairs = ((record, pair) for record in records for pair in record["pairs"] if pair["matched"])
+    newest = {(*(record[key] for key in keys), pair["ours"], pair["peer"]): (record, pair) for record, pair in pairs}
+    return list(newest.values())
 
 
 def engine_figures(results: Path = RESULTS) -> str:
     """Every matched pair of `benchmarks/compare_engines.py`; empty if none is recorded."""
     rows, versions = [], set()
-    records = latest_engines(results)
-    for record in records:
+    pairs = latest_pairs(results)
+    for record, pair in pairs:
         prompt = record["test"] == "prefill"
         test = f"prompt of {record['tokens']}" if prompt else f"decode, {record['depth']} cached"
-        for pair in (pair for pair in record["pairs"] if pair["matched"]):
-            ours, theirs = (record["engines"][pair[side]] for side in ("ours", "theirs"))
-            speeds = [
-                cell
-                for e in (ours, theirs)
-                for cell in (f"{e['tokens_per_s']['median']:.1f}", "" if prompt else f"{e['gb_per_s']:.1f}")
-            ]
-            ratio = pair["times_as_fast"]
-            fast = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
-            about = [fast, f"{pair['bytes_per_token']:.3f}", record["rounds"], record["commit"]]
-            rows.append([record["model"], test, ours["weights"], *speeds[:2], pair["theirs"], *speeds[2:], *about])
-            versions.add(f"{pair['peer']} {theirs['version']}")
+        ours, theirs = (record["engines"][pair[side]] for side in ("ours", "theirs"))
+        speeds = [
+            cell
+            for e in (ours, theirs)
+            for cell in (f"{e['tokens_per_s']['median']:.1f}", "" if prompt else f"{e['gb_per_s']:.1f}")
+        ]
+        ratio = pair["times_as_fast"]
+        fast = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        about = [fast, f"{pair['bytes_per_token']:.3f}", record["rounds"], record["commit"]]
+        rows.append([record["model"], test, ours["weights"], *speeds[:2], pair["theirs"], *speeds[2:], *about])
+        versions.add(f"{pair['peer']} {theirs['version']}")
     if not rows:
         return ""
     header = ["model", "test", "weights", "tokens/s", "GB/s", "beside", "tokens/s", "GB/s"]
     header += ["times as fast (min to max)", "bytes per token, ours / theirs", "rounds", "commit"]
-    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['isa']}, {r['threads']} threads" for r in records})
+    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['isa']}, {r['threads']} threads" for r, _ in pairs})
     note = f"Engines taking turns, pairs within a round, with {'; '.join(sorted(versions))}; on {'; '.join(machines)}."
     return "\n".join([table(header, rows), "", note])
 
