@@ -21,7 +21,11 @@ from flashformer.engine import setup
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-DATES = {"src/flashformer/checkpoint/template.py": 1}  # what a chat template that asks for the date gets
+DATES = {
+    "src/flashformer/checkpoint/template.py": 1,  # what a chat template that asks for the date gets
+    "src/flashformer/server/answers.py": 1,  # `created` of an answer
+    "src/flashformer/server/app.py": 1,  # and of the model
+}
 SOURCES = [p for folder in ("src", "csrc") for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")]
 
 

@@ -80,7 +80,11 @@ def test_doctor_sees_the_extension() -> None:
 
 
 def test_unknown_commands_and_options_exit_2() -> None:
-    for args in (("serve", "demo"), ("run", "demo", "x", "--quant", "int5"), ("run", "demo", "x", "--device", "tpu")):
+    for args in (
+        ("frobnicate", "demo"),
+        ("run", "demo", "x", "--quant", "int5"),
+        ("run", "demo", "x", "--device", "tpu"),
+    ):
         assert flashformer(*args).returncode == 2
 
 
