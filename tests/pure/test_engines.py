@@ -164,7 +164,7 @@ def test_groups_divide_every_row() -> None:
     assert openvino_group(shape_config("llama-3.2-1b")) == 128
 
 
-def test_the_newest_line_of_a_cell_is_shown(tmp_path: Path) -> None:
+def test_the_newest_pair_of_a_cell_is_shown(tmp_path: Path) -> None:
     speed = {"median": 20.0, "min": 19.0, "max": 21.0}
     engines = {
         "flashformer int8-g32": {"weights": "int8-g32", "version": "1", "tokens_per_s": speed, "gb_per_s": 30.0},
@@ -176,7 +176,8 @@ def test_the_newest_line_of_a_cell_is_shown(tmp_path: Path) -> None:
     record |= {"engines": engines, "pairs": [pair, pair | {"matched": False}], "commit": "c1"}
     record["machine"] = {"cpu": "X", "isa": "avx2"}
     prompt = record | {"test": "prefill", "depth": 0, "tokens": 512}
-    lines = [record | {"commit": "c0", "pairs": []}, prompt, record]
+    without_peers = record | {"commit": "c2", "pairs": []}
+    lines = [record | {"commit": "c0"}, prompt, record, without_peers]
     (tmp_path / "engines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = figures.engine_figures(tmp_path).splitlines()
     same = "llama.cpp Q8_0, mapped | 10.0 |"
