@@ -19,8 +19,8 @@ N = 20
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ff.LLM]:
-    with load(chat_folder(tmp_path_factory.mktemp("model"))) as loaded:
+def llm(folder: Path) -> Iterator[ff.LLM]:
+    with load(folder) as loaded:
         yield loaded
 
 

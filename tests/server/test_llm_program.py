@@ -13,7 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from llm.cli import cli
-from serving import NAME, PROMPT, chat_folder, load, running
+from serving import NAME, PROMPT, load, running
 
 import flashformer as ff
 
@@ -21,8 +21,8 @@ KEY = "sk-program"
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ff.LLM]:
-    with load(chat_folder(tmp_path_factory.mktemp("model"))) as loaded:
+def llm(folder: Path) -> Iterator[ff.LLM]:
+    with load(folder) as loaded:
         yield loaded
 
 

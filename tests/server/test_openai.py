@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serving import CHAT, COMPLETIONS, LONG, NAME, PROMPT, Gate, Running, chat_folder, load, running, sent
+from serving import CHAT, COMPLETIONS, LONG, NAME, PROMPT, Gate, Running, load, running, sent
 from threads import BOUND_S, until
 
 import flashformer as ff
@@ -22,8 +22,8 @@ ENDLESS = {"ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ff.LLM]:
-    with load(chat_folder(tmp_path_factory.mktemp("model"))) as loaded:
+def llm(folder: Path) -> Iterator[ff.LLM]:
+    with load(folder) as loaded:
         yield loaded
 
 

@@ -107,8 +107,8 @@ class Work:
             settings = self._ask.settings
             if choice and settings.seed is not None:
                 settings = replace(settings, seed=(settings.seed + choice) % (LIMITS.seed[1] + 1))
-            found.append(self._llm.start(prompt, settings, warm=self._ask.warm))
-            prompt = found[0].output.prompt_token_ids  # encoded once
+            given = found[0].output.prompt_token_ids if found else prompt  # encoded once
+            found.append(self._llm.start(given, settings, warm=self._ask.warm))
         return found
 
     def _require_bounded(self, streams: list[list[Stream]]) -> None:
