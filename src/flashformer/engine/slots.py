@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
@@ -230,9 +230,10 @@ class Slots:
                     self._refuse_endless(now - begin, None if nested_since is None else now - nested_since)
                     left = self._wait_s - (now - begin)
                     self._changed.wait(max(0.0, min(left, NESTED_S / 10 if nested else LOOK_AGAIN_S)))
-                slot = _best(free, ids)
-                slot.miss = _miss(self._slots, slot, ids, reusable)
-                slot.held = Held(slot.ids.copy(), min(slot.shared(ids), reusable))
+                shared = {slot.index: slot.shared(ids) for slot in self._slots}
+                slot = _best(free, shared)
+                slot.miss = _miss(self._slots, slot, shared, reusable)
+                slot.held = Held(slot.ids.copy(), min(shared[slot.index], reusable))
                 slot.lease, slot.owner = None if lease is None else weakref.ref(lease), me
                 return slot
             finally:
@@ -287,20 +288,20 @@ class Slots:
             )
 
 
-def _best(free: list[Slot], ids: NDArray[np.int32]) -> Slot:
-    shared = {slot.index: slot.shared(ids) for slot in free}
+def _best(free: list[Slot], shared: Mapping[int, int]) -> Slot:
+    """`shared`: by the index of a slot, tokens of the prompt that it holds."""
     worthwhile = [slot for slot in free if 2 * shared[slot.index] > slot.n]
     return min(worthwhile or free, key=lambda slot: (-shared[slot.index] if worthwhile else 0, slot.used))
 
 
-def _miss(slots: list[Slot], chosen: Slot, ids: NDArray[np.int32], reusable: int) -> str | None:
+def _miss(slots: list[Slot], chosen: Slot, shared: Mapping[int, int], reusable: int) -> str | None:
     """Why a prompt finds no more of its tokens in the chosen slot; None where that holds all that it could use, or all
     of what the slot held is the prompt's beginning."""
-    found = chosen.shared(ids)
+    found = shared[chosen.index]
     if found >= reusable:
         return None
-    best = max(slots, key=lambda slot: slot.shared(ids))
-    n = best.shared(ids)
+    best = max(slots, key=lambda slot: shared[slot.index])
+    n = shared[best.index]
     if n > found:
         why = f"which keeps its {best.n} tokens for what they serve" if best.is_free else "which runs another request"
         return f"{n} tokens of the prompt are in slot {best.index}, {why}"
