@@ -21,6 +21,7 @@ from .errors import (
     NumericalError,
     ProgramError,
     RequestError,
+    UnavailableError,
 )
 from .version import __version__
 
@@ -49,6 +50,7 @@ __all__ = [
     "Stream",
     "Timing",
     "TokenLogprobs",
+    "UnavailableError",
     "__version__",
     "load",
 ]

@@ -27,6 +27,10 @@ class DeviceError(FlashformerError):
     """The machine cannot run the kernel, or the kernel gave up (a wait expired, the model was forked)."""
 
 
+class UnavailableError(DeviceError):
+    """What was asked for, this machine does not have: a GPU, an instruction set, so much memory, so many threads."""
+
+
 class NumericalError(FlashformerError):
     """NaN or Inf appeared in a forward. `layer` is the first layer where it appeared."""
 

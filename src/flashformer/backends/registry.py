@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from .. import env
-from ..errors import DeviceError, LoadError, RequestError
+from ..errors import DeviceError, LoadError, RequestError, UnavailableError
 from ..log import log
 from .base import Kernel
 
@@ -50,7 +50,7 @@ def choose_gpu(device: str, spec: ModelSpec, target_on: Callable[[GpuInfo], Targ
         return gpu
     except DeviceError as error:
         if device == "cuda":
-            raise DeviceError(f"device='cuda': {error}; or use device='cpu'") from error
+            raise UnavailableError(f"device='cuda': {error}; or use device='cpu'") from error
         _say_why_not(str(error))
         return None
 

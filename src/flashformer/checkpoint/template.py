@@ -172,11 +172,12 @@ class ChatTemplate:
     def _run(self, names: Mapping[str, Any], limit: int) -> str:
         from .account import LimitError, accounted
 
+        compiled = self._compiled  # no conversation pays for that
         parts: list[str] = []
         total = 0
         try:
             with accounted(limit) as account:
-                for part in self._compiled.generate(**names):
+                for part in compiled.generate(**names):
                     account.tick()
                     total += len(part)
                     if total > limit:

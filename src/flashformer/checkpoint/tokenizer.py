@@ -95,6 +95,13 @@ class Tokenizer:
     def _special(self) -> frozenset[str]:
         return frozenset(t.content for t in self._inner.get_added_tokens_decoder().values() if t.special)
 
+    def tokens_from(self, first: int) -> dict[int, str]:
+        """Id -> name of every token with an id of at least `first`."""
+        if self.vocab_size <= first:
+            return {}
+        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        return {id_: name for name, id_ in sorted(vocabulary.items(), key=lambda item: item[1]) if id_ >= first}
+
     def stream(self) -> TokenStream:
         """A decoder for the tokens of one sequence as they come."""
         return TokenStream(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 fine, 1 our bug or this machine, 2 the user's input, 130 interrupted."""
+    """Entry point. Exit codes: 0 fine, 1 our bug, 2 the user's input or more than this machine has, 130 interrupted."""
     try:
         from .app import app
 

@@ -14,10 +14,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import FlashformerError, LoadError, NumericalError, RequestError
+from ..errors import FlashformerError, LoadError, NumericalError, RequestError, UnavailableError
 from ..log import log
 
-USER_ERRORS = (LoadError, RequestError, NumericalError)  # exit 2; every other FlashformerError is 1
+USER_ERRORS = (LoadError, RequestError, NumericalError, UnavailableError)  # exit 2; any other FlashformerError is 1
 
 
 def write(text: str) -> None:

@@ -17,8 +17,7 @@ from ..checkpoint.folder import has_tensors
 from ..errors import FlashformerError, LoadError
 from ..formats import BF16, Format
 from ..model import ModelSpec, bind, read_family, read_spec, shape_config
-from ..model.load import as_stored, require_vocabulary, stored_format
-from ..model.outline import stated_format
+from ..model.load import as_stored, require_vocabulary, stated_format, stored_format
 from ..model.random import PREFIX
 from ..program import build
 from .setup import Options, require_memory, set_up
@@ -143,9 +142,10 @@ def _try_tensors(
     """The spec as the tensors refine it, and their format."""
     if not _at_hand(checkpoint):
         found.note("tensors", Verdict.UNTRIED, "not downloaded yet; `flashformer run` downloads them")
-        return spec, found.attempt(
-            "format", lambda: stated_format(checkpoint.config), lambda f: f"config.json says {f.name}"
+        stated = found.attempt(
+            "format", lambda: stated_format(checkpoint.config), lambda f: f[1] or f"config.json says {f[0].name}"
         )
+        return spec, stated[0] if stated else None
     tensors = found.attempt("tensors", lambda: checkpoint.tensors, lambda t: f"{len(t)} in {checkpoint.path}")
     if tensors is None or spec is None:
         return spec, None

@@ -18,6 +18,7 @@ from ..backends.base import Kernel, Want
 from ..backends.cpu.topology import affinity
 from ..backends.registry import load_kernel
 from ..check import CheckedProgram, check
+from ..formats import Format
 from ..model import Model, load_model
 from ..model.spec import ModelSpec
 from ..program import Program, build
@@ -74,9 +75,15 @@ def load(
         threads=threads,
         prompt_chunk=prompt_chunk,
     )
-    loaded = load_model(model, revision=revision, offline=offline)
+
+    def require_room(spec: ModelSpec, stored: Format) -> None:
+        setup = set_up(spec, stored, options)
+        require_memory(build(spec, setup.target).memory, setup)
+
+    loaded = load_model(model, revision=revision, offline=offline, before_download=require_room)
     setup = set_up(loaded.spec, loaded.stored_format, options, loaded.packed_formats)
-    for warning in (setup.threads.warning, _crowd(setup), read_defaults(loaded.generation_config).warning):
+    asked = read_defaults(loaded.generation_config)
+    for warning in (*loaded.warnings, setup.threads.warning, _crowd(setup), asked.warning):
         if warning:
             warnings.warn(warning, stacklevel=2)
     return make_llm(loaded, setup, progress=progress)

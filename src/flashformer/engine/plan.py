@@ -130,6 +130,7 @@ def plan_model(
     if packed is not None:
         require_given(program, packed)
     plan = make_plan(outline.name, program, setup, read_defaults(outline.generation_config), isa=isa)
+    plan = replace(plan, warnings=(*outline.warnings, *plan.warnings))
     return replace(plan, proof=dict(check(program).proved)) if prove else plan
 
 

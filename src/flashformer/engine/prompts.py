@@ -61,10 +61,10 @@ class Prompts:
         and the continuation is what the encoding of both together has after the length of that of the prompt.
         """
         if isinstance(prompt, str) and isinstance(continuation, str):
-            context = prompt.rstrip()
-            first = self._encoded(context)
-            whole = self._encoded(prompt + self._text(continuation))
-            rest: Sequence[int] | NDArray[np.integer] = whole[len(first) :]
+            context = self.tokenizer.encode(self._text(prompt.rstrip()))
+            first = self._begun(context)
+            whole = self.tokenizer.encode(self._text(prompt + self._text(continuation)))
+            rest: Sequence[int] | NDArray[np.integer] = whole[len(context) :]
         elif isinstance(continuation, str):
             first = list(_listed("prompt", prompt))
             rest = self.tokenizer.encode(self._text(continuation), add_special_tokens=False)
@@ -90,7 +90,9 @@ class Prompts:
         return requests.prompt_text(text, self._ctx)
 
     def _encoded(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(self._text(text))
+        return self._begun(self.tokenizer.encode(self._text(text)))
+
+    def _begun(self, ids: list[int]) -> list[int]:
         if not ids and self._spec.bos_id is not None:
             ids = [self._spec.bos_id]
         if not ids:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import PackedFormats, PackedWeights, Tensor, Tokenizer, open_checkpoint
-from ..checkpoint.files import naming
+from ..checkpoint.files import naming, shown
+from ..checkpoint.folder import has_tensors
 from ..errors import LoadError
-from ..formats import BF16, F32, Format
+from ..formats import BF16, F32, FORMATS, Format
 from .config import read_family, read_spec
 from .random import PREFIX, RandomWindows, ones, shape_config
 from .spec import ModelSpec
 from .tensors import bind, expected
+
+_BY_CONFIG = {f.config: f for f in FORMATS.values()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +39,7 @@ class Model:
     tokenizer: Tokenizer | None  # None: token ids only
     generation_config: Mapping[str, Any]
     folder: Path | None = None  # where its files are; None of random weights
+    warnings: tuple[str, ...] = ()  # what its user should know
 
     @property
     def max_positions(self) -> int:
@@ -45,30 +50,37 @@ class Model:
         """What packed weights are in; None where formats may be chosen."""
         return self.weights.formats if isinstance(self.weights, PackedWeights) else None
 
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Union of the ids in generation_config.json and config.json."""
-        return self.spec.eos_ids
 
+def load_model(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    before_download: Callable[[ModelSpec, Format], object] | None = None,
+) -> Model:
+    """`demo`, a folder, a hub id or `shape:NAME` -> Model; weights are opened, not read. Raises LoadError.
 
-def load_model(model: str | Path, *, revision: str | None = None, offline: bool = False) -> Model:
-    """`demo`, a folder, a hub id or `shape:NAME` -> Model; weights are opened, not read. Raises LoadError."""
+    `before_download` sees what config.json says of a model whose weights are not here yet, and may refuse it.
+    """
     if isinstance(model, str) and model.startswith(PREFIX):
         return random_model(model, shape_config(model.removeprefix(PREFIX)))
     checkpoint = open_checkpoint(model, revision=revision, offline=offline)
     with naming(checkpoint.path):
         family = read_family(checkpoint.config)
         spec = read_spec(checkpoint.config, checkpoint.generation_config)
+    tokenizer = checkpoint.tokenizer
+    with naming(checkpoint.path):
+        warnings = [require_vocabulary(tokenizer, spec)]
     weights: Mapping[str, Tensor] | PackedWeights
     if checkpoint.packed is not None:
         weights = checkpoint.packed
     else:
+        if before_download and checkpoint.place.snapshot is not None and not has_tensors(checkpoint.path):
+            before_download(spec, stated_format(checkpoint.config)[0])
         tensors = checkpoint.tensors  # of a hub id, downloaded now that the model is known to be supported
         with naming(checkpoint.path):
             weights = bind(family, spec, tensors)
-    tokenizer = checkpoint.tokenizer
-    with naming(checkpoint.path):
-        require_vocabulary(tokenizer, spec)
+    warnings.append(mixed_formats(weights))
     return Model(
         name=checkpoint.name,
         spec=as_stored(spec, weights),
@@ -77,16 +89,23 @@ def load_model(model: str | Path, *, revision: str | None = None, offline: bool 
         tokenizer=tokenizer,
         generation_config=checkpoint.generation_config,
         folder=checkpoint.path,
+        warnings=tuple(warning for warning in warnings if warning),
     )
 
 
-def require_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> None:
-    """Raises LoadError if the tokenizer has ids that the model has no embeddings for."""
-    if tokenizer.vocab_size > spec.vocab_size:
-        raise LoadError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model has only "
-            f"vocab_size = {spec.vocab_size} embeddings; they must come from the same download"
-        )
+def require_vocabulary(tokenizer: Tokenizer, spec: ModelSpec) -> str | None:
+    """Raises LoadError if the tokenizer has ids of text that the model has no embeddings for.
+
+    Special tokens without one are only warned of: a text model made from one that sees has them (Gemma 3 1B's
+    `<image_soft_token>`), and a request with such an id is refused.
+    """
+    behind = tokenizer.tokens_from(spec.vocab_size)
+    if not behind:
+        return None
+    found = f"the tokenizer has ids up to {max(behind)}, but the model only vocab_size = {spec.vocab_size} embeddings"
+    if not all(tokenizer.is_silent(token_id) for token_id in behind):
+        raise LoadError(f"{found}; they must come from the same download")
+    return f"{found}: prompts with {shown(list(behind.values()))} are refused"
 
 
 def as_stored(spec: ModelSpec, weights: Mapping[str, Tensor] | PackedWeights) -> ModelSpec:
@@ -99,8 +118,30 @@ def stored_format(weights: Mapping[str, Tensor] | PackedWeights) -> Format:
     """The format of the matrices; where they differ F32, which holds the values of all."""
     if isinstance(weights, PackedWeights):
         return weights.formats.weights
-    formats = {tensor.format for tensor in weights.values() if len(tensor.shape) == 2}
-    return formats.pop() if len(formats) == 1 else F32
+    formats = _matrix_formats(weights)
+    return next(iter(formats)) if len(formats) == 1 else F32
+
+
+def mixed_formats(weights: Mapping[str, Tensor] | PackedWeights) -> str | None:
+    """A warning where matrices are stored in several formats."""
+    if isinstance(weights, PackedWeights) or len(formats := _matrix_formats(weights)) == 1:
+        return None
+    found = ", ".join(f"{n} in {stored.name}" for stored, n in formats.most_common())
+    return f"matrices are stored in several formats ({found}): all are taken as f32, unless dtype says otherwise"
+
+
+def _matrix_formats(weights: Mapping[str, Tensor]) -> Counter[Format]:
+    return Counter(tensor.format for tensor in weights.values() if len(tensor.shape) == 2)
+
+
+def stated_format(config: Mapping[str, Any]) -> tuple[Format, str | None]:
+    """The format of the weights that config.json states, with a warning where it states none. Raises LoadError."""
+    stated = config.get("dtype", config.get("torch_dtype"))
+    if stated is None:
+        return BF16, "config.json does not say in which dtype its weights are: bf16 is assumed until they are here"
+    if not isinstance(stated, str) or stated not in _BY_CONFIG:
+        raise LoadError(f"config.json: dtype = {shown(stated)}: expected one of {', '.join(_BY_CONFIG)}")
+    return _BY_CONFIG[stated], None
 
 
 def random_model(name: str, config: Mapping[str, Any]) -> Model:

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import PackedWeights, Tensor
-from ..checkpoint.files import member, naming, read_json, shown
+from ..checkpoint.files import member, naming, read_json
 from ..checkpoint.folder import has_tensors, open_tensors
 from ..checkpoint.packed import find_packed
 from ..checkpoint.resolve import locate
 from ..errors import LoadError
-from ..formats import BF16, FORMATS, Format
+from ..formats import BF16, Format
 from .config import read_family, read_spec
-from .load import as_stored, stored_format
+from .load import as_stored, mixed_formats, stated_format, stored_format
 from .random import PREFIX, shape_config
 from .spec import ModelSpec
 from .tensors import bind
 
-_BY_CONFIG = {f.config: f for f in FORMATS.values()}
 CONFIGS = ("config.json", "generation_config.json")
 
 
@@ -33,6 +32,7 @@ class Outline:
     stored_format: Format
     generation_config: Mapping[str, Any]
     packed: PackedWeights | None = None  # where the weights are such a file
+    warnings: tuple[str, ...] = ()
 
 
 def read_outline(model: str | Path, *, revision: str | None = None, offline: bool = False) -> Outline:
@@ -55,14 +55,8 @@ def read_outline(model: str | Path, *, revision: str | None = None, offline: boo
         with naming(folder):
             weights = bind(family, spec, tensors)
     if weights is not None:
-        return Outline(str(model), as_stored(spec, weights), stored_format(weights), generation_config, packed)
-    with naming(folder):
-        return Outline(str(model), spec, stated_format(config), generation_config)
-
-
-def stated_format(config: Mapping[str, Any]) -> Format:
-    """The format of the weights that config.json states. Raises LoadError."""
-    stated = config.get("dtype", config.get("torch_dtype"))
-    if not isinstance(stated, str) or stated not in _BY_CONFIG:
-        raise LoadError(f"config.json: dtype = {shown(stated)}: expected one of {', '.join(_BY_CONFIG)}")
-    return _BY_CONFIG[stated]
+        spec, stored, warning = as_stored(spec, weights), stored_format(weights), mixed_formats(weights)
+    else:
+        with naming(folder):
+            stored, warning = stated_format(config)
+    return Outline(str(model), spec, stored, generation_config, packed, (warning,) if warning else ())

@@ -225,9 +225,4 @@ def bytes_read(phase: Phase, worker: int) -> int:
     return phase.matrix.tile_bytes * len(phase.spans[worker]) if phase.matrix else 0
 
 
-def flops(phase: Phase, rows: int) -> int:
-    """Multiply-adds count as two; products only."""
-    return 2 * rows * phase.matrix.n_out * phase.matrix.k if phase.matrix else 0
-
-
 assert EMBED_BLOCK % LANES == 0  # and rows are padded to it (VECTOR_PAD), so the last block covers the padding

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import DeviceError
+from ...errors import UnavailableError
 from . import topology
 from .native import load_native
 
@@ -30,7 +30,9 @@ class ReadProbe:
         """Raises DeviceError where the extension is missing or memory does not suffice."""
         size, free = n_bytes or probe_bytes(), topology.free_memory()
         if free is not None and size > free.value:
-            raise DeviceError(f"the bandwidth probe needs {size:,} bytes, {int(free.value):,} are free ({free.source})")
+            raise UnavailableError(
+                f"the bandwidth probe needs {size:,} bytes, {int(free.value):,} are free ({free.source})"
+            )
         self._n_threads = n_threads
         self._region = load_native().Region(size)
         self._region.array[:] = 1

@@ -13,7 +13,7 @@ import numpy as np
 from ... import env
 from ...check import CheckedProgram
 from ...checkpoint import PackedWeights, Tensor
-from ...errors import DeviceError
+from ...errors import DeviceError, UnavailableError
 from ...program.ir import MAX_HEAD_ROWS, Space
 from ...program.records import FlatProgram, flatten
 from .. import nonfinite
@@ -65,7 +65,7 @@ class CpuKernel(Kernel):
         target, memory = program.target, program.memory
         self.isa = env.isa() or native.isas()[-1]
         if self.isa not in native.isas():
-            raise DeviceError(f"FLASHFORMER_ISA={self.isa}: this CPU has {', '.join(native.isas())}")
+            raise UnavailableError(f"FLASHFORMER_ISA={self.isa}: this CPU has {', '.join(native.isas())}")
         n_cpus = len(topology.affinity())
         self._n_threads = n_threads = min(target.n_workers, n_cpus)
         try:
@@ -76,7 +76,9 @@ class CpuKernel(Kernel):
                 self._weights = load_or_pack(native, program, weights, n_threads, pack, keep=keep)
             kv, work = native.Region(memory.kv_bytes), native.Region(memory.buffers_bytes)
         except MemoryError as error:
-            raise DeviceError(f"{memory.total_bytes:,} bytes of memory cannot be had: lower ctx or streams") from error
+            raise UnavailableError(
+                f"{memory.total_bytes:,} bytes of memory cannot be had: lower ctx or streams"
+            ) from error
         flat = flat or flatten(program)
         for offset, table in rope_tables(program):
             work.array[offset:][: table.nbytes].view(np.float32)[:] = table.ravel()
@@ -181,9 +183,11 @@ def _start(kernel: Any, **arguments: Any) -> Any:
     try:
         return kernel(**arguments)
     except MemoryError as error:
-        raise DeviceError("memory for the kernel cannot be had: free some, or lower ctx or streams") from error
+        raise UnavailableError("memory for the kernel cannot be had: free some, or lower ctx or streams") from error
     except RuntimeError as error:
-        raise DeviceError(f"the threads of the kernel cannot be started ({error}): load with fewer threads") from error
+        raise UnavailableError(
+            f"the threads of the kernel cannot be started ({error}): load with fewer threads"
+        ) from error
 
 
 def _closed(n_rows: int) -> NoReturn:

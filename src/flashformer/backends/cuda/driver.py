@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import DeviceError
+from ...errors import DeviceError, UnavailableError
 from .nvrtc import INSTALL
 from .specialize import MIN_CAPABILITY, DeviceFacts
 
@@ -230,7 +230,7 @@ class DriverGpu:
         result = self._driver.cuMemAlloc(n_bytes)
         if result[0] == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             free, total = self._call("cuMemGetInfo", what="reading free memory")
-            raise DeviceError(
+            raise UnavailableError(
                 f"{n_bytes:,} bytes cannot be had on {self.info.facts.name}: {free:,} of {total:,} are free; "
                 "lower ctx or streams, choose a smaller format, or end what else uses the GPU"
             )
