@@ -145,6 +145,7 @@ def test_stdin_that_is_not_text_exits_2(folder: Path) -> None:
 FAILURES = [
     (ff.NumericalError("NaN in layer 3", 3), 2),
     (ff.DeviceError("a wait expired"), 1),
+    (ff.UnavailableError("no GPU"), 2),
     (ff.ProgramError("unproved"), 1),
     (KeyboardInterrupt(), 130),
 ]

@@ -62,7 +62,7 @@ def test_random_model_has_the_shape_of_the_real_one(name: str) -> None:
     assert ours.tokenizer is None
     assert ours.stored_format is BF16
     assert ours.max_positions == theirs.config.max_position_embeddings
-    assert ours.eos_ids == (theirs.config.eos_token_id,)
+    assert ours.spec.eos_ids == (theirs.config.eos_token_id,)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b"])
