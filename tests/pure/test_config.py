@@ -63,7 +63,7 @@ def refused(config: dict[str, Any], *words: str, generation: dict[str, Any] | No
         ({"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping",)),
         ({"embedding_multiplier": 12.0}, ("embedding_multiplier",)),
         ({"sliding_window": 4096}, ("sliding_window = 4096", "null")),
-        ({"pretraining_tp": 2}, ("pretraining_tp = 2",)),
+        ({"layer_norm_eps": 1e-5}, ("layer_norm_eps",)),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "gptq")),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
         ({"hidden_act": "gelu"}, ("hidden_act = 'gelu'", "silu")),
@@ -244,8 +244,12 @@ def test_stored_format_holds_all_matrices(tmp_path: Path) -> None:
         assert load_model(folder).stored_format is read_outline(folder).stored_format is stored
         edit(folder, {"model.norm.weight": torch.ones(48)})
         assert load_model(folder).stored_format is stored
+        assert load_model(folder).warnings == read_outline(folder).warnings == ()
         edit(folder, {"lm_head.weight": torch.ones(300, 48, dtype=mixed)})
         assert load_model(folder).stored_format is read_outline(folder).stored_format is F32
+        (warning,) = load_model(folder).warnings
+        assert read_outline(folder).warnings == (warning,)
+        assert f"in {stored.name}, 1 in " in warning
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -253,10 +257,15 @@ def test_a_plan_without_tensors_takes_the_stated_dtype(tmp_path: Path, fmt: Form
     for key in ("torch_dtype", "dtype"):
         (tmp_path / "config.json").write_text(json.dumps({**LLAMA, key: fmt.config}))
         assert read_outline(tmp_path).stored_format is fmt
-    for wrong in ("float8_e4m3fn", ["float32"], None):
+    for wrong in ("float8_e4m3fn", ["float32"]):
         (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "dtype": wrong}))
         with pytest.raises(LoadError, match="bfloat16"):
             read_outline(tmp_path)
+    for config in (LLAMA, {**LLAMA, "dtype": None}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        outline = read_outline(tmp_path)
+        assert outline.stored_format is BF16
+        assert ["bf16 is assumed" in warning for warning in outline.warnings] == [True]
 
 
 FUSED = "model.layers.1.self_attn.qkv_proj.weight"

@@ -41,6 +41,10 @@ _KEYS: dict[RopeKind, set[str]] = {
     RopeKind.LLAMA3: {"factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"},
     RopeKind.LONGROPE: {"factor", _ORIGINAL, "attention_factor", "short_factor", "long_factor"},
 }
+_UNREAD: dict[RopeKind, set[str]] = {  # that checkpoints have, and transformers warns of and leaves aside
+    RopeKind.DYNAMIC: {_ORIGINAL},
+    RopeKind.YARN: {"attn_factor", "finetuned"},
+}
 _OLD_NAMES = {"su": "longrope"}
 
 
@@ -51,8 +55,8 @@ def read_rope(values: Mapping[str, Any], rotary: str = FULL, *, head_dim: int) -
     `partial_rotary_factor` and `original_max_position_embeddings` (beside them it wins); `max_position_embeddings`.
     `rope_local_base_freq` in `values` marks a model that rotates its sliding layers by themselves: `rotary` says
     which are asked for, `rope_parameters` has an object for each, `rope_scaling` changes only the full ones, and
-    the key is the theta of the sliding ones. All as transformers reads them, but every type and key that is not
-    computed raises LoadError.
+    the key is the theta of the sliding ones. All as transformers reads them, but every type and key that neither
+    computes raises LoadError.
     """
     find = _two_rotations if "rope_local_base_freq" in values else _one_rotation
     where, params = find(values, rotary)
@@ -61,7 +65,7 @@ def read_rope(values: Mapping[str, Any], rotary: str = FULL, *, head_dim: int) -
         wrong = names[0] if names[0] not in tuple(RopeKind) else names
         raise LoadError(f"{where}: rope type {shown(wrong)} is not supported; supported: {', '.join(RopeKind)}")
     kind = RopeKind(names[0])
-    unknown = set(params) - _KEYS[kind] - _COMMON
+    unknown = set(params) - _KEYS[kind] - _COMMON - _UNREAD.get(kind, set())
     if unknown:
         raise LoadError(f"{where}: keys not known for rope type {kind}: {shown(sorted(unknown))}")
     return _Reader(where, kind, params, values, head_dim).read()

@@ -28,7 +28,11 @@ DEFAULTS = {
     "attn_logit_softcapping": 50.0,
 }
 PLAIN = {**keys.PLAIN, "use_bidirectional_attention": (False, None), "mlp_bias": (False, None)}
-IGNORED = {**keys.IGNORED, "hidden_act": "transformers reads hidden_activation instead"}
+IGNORED = {
+    **keys.IGNORED,
+    "hidden_act": "transformers reads hidden_activation instead",
+    "sliding_window_size": "transformers reads sliding_window instead",
+}
 
 
 def slides(values: Mapping[str, Any], layer: int) -> bool:

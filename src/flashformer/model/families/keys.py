@@ -25,7 +25,6 @@ DEFAULTS: dict[str, Any] = {
 }
 
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "pretraining_tp": (1, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
     "rope_interleaved": (False, None),
@@ -47,6 +46,9 @@ _GENERATION = "transformers reads it from generation_config.json only"
 _LABEL = "a label"
 _CLASSIFIER = "acts in classifiers only"
 _RUNTIME = "chooses an implementation in transformers"
+_TOKENIZER = "belongs to the tokenizer"
+_CODE = "code from models is never run; the architecture decides"
+UNREAD = "transformers' class does not read it"
 
 IGNORED: dict[str, str] = {
     "torch_dtype": _FORMAT,
@@ -54,6 +56,10 @@ IGNORED: dict[str, str] = {
     "use_bfloat16": _FORMAT,
     "initializer_range": TRAINING,
     "attention_dropout": TRAINING,
+    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "tf_legacy_loss", "group_size_ratio"), TRAINING),
+    "pretraining_tp": UNREAD,
+    "max_sequence_length": "transformers reads max_position_embeddings instead",
+    "end_token_id": "transformers reads eos_token_id instead",
     "output_attentions": _OUTPUTS,
     "output_hidden_states": _OUTPUTS,
     "tie_last_hidden_states": _OUTPUTS,
@@ -64,8 +70,10 @@ IGNORED: dict[str, str] = {
     "pad_token_id": "nothing is padded",
     "sep_token_id": "belongs to encoders",
     "decoder_start_token_id": "belongs to encoder-decoders",
-    "auto_map": "code from models is never run; the architecture decides",
+    "auto_map": _CODE,
+    "custom_pipelines": _CODE,
     "tokenizer_class": "tokenizer.json decides",
+    **dict.fromkeys(("model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side"), _TOKENIZER),
     "prefix": "unused by transformers' language models",
     "_name_or_path": _LABEL,
     "name_or_path": _LABEL,
@@ -73,6 +81,9 @@ IGNORED: dict[str, str] = {
     "transformers_version": _LABEL,
     "unsloth_version": _LABEL,
     "unsloth_fixed": _LABEL,
+    "unsloth_optimized": _LABEL,
+    "model_name": _LABEL,
+    "internal_version": _LABEL,
     "is_llama_config": _LABEL,
     "transformers.js_config": "for another runtime",
     "finetuning_task": _LABEL,
@@ -85,7 +96,11 @@ IGNORED: dict[str, str] = {
     "_attn_implementation": _RUNTIME,
     "_attn_implementation_autoset": _RUNTIME,
     "_attn_implementation_internal": _RUNTIME,
+    "_flash_attn_2_enabled": _RUNTIME,
     "experts_implementation": _RUNTIME,
+    "sequence_parallel_enabled": _RUNTIME,
+    "selective_checkpoint_enabled": _RUNTIME,
+    "move_model_to_device": _RUNTIME,
     **dict.fromkeys(
         (
             *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams"),
@@ -94,6 +109,9 @@ IGNORED: dict[str, str] = {
             *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate"),
             *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
             *("begin_suppress_tokens", "exponential_decay_length_penalty", "cache_implementation"),
+            *("encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "num_assistant_tokens"),
+            *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind"),
+            "target_lookbehind",
         ),
         _GENERATION,
     ),

@@ -11,7 +11,7 @@ FAMILY = Family(
     special="optional biases; rope scaled for long contexts",
     tensors=names.TENSORS,
     defaults={**keys.DEFAULTS, "attention_bias": False, "mlp_bias": False},
-    plain={**keys.PLAIN, **keys.NO_WINDOW},
+    plain={**keys.PLAIN, **keys.NO_WINDOW, "layer_norm_eps": (None,)},
     ignored=keys.IGNORED,
     switches=keys.ALL_BIASES,
 )

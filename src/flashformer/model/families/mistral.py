@@ -26,7 +26,7 @@ FAMILY = Family(
         "sliding_window": 4096,
     },
     plain={**keys.PLAIN, **keys.NO_BIAS_KEYS, "use_sliding_window": (None,)},
-    ignored=keys.IGNORED,
+    ignored={**keys.IGNORED, "document_attention": keys.TRAINING},
     switches=keys.NO_BIAS,
     slides=slides,
 )

@@ -44,7 +44,7 @@ FAMILY = Family(
         "full_attn_mod": (1,),
         "interpolate_factor": (1,),
     },
-    ignored={**keys.IGNORED, "resid_pdrop": keys.TRAINING, "embd_pdrop": keys.TRAINING},
+    ignored=keys.IGNORED,
     switches=keys.NO_BIAS,
     slides=mistral.slides,
     rope_kinds=(RopeKind.DEFAULT, RopeKind.LONGROPE),

@@ -34,7 +34,7 @@ FAMILY = Family(
     tensors=names.TENSORS,
     defaults=DEFAULTS,
     plain={**keys.PLAIN, "use_mrope": (False, None)},
-    ignored=keys.IGNORED,
+    ignored={**keys.IGNORED, "dual_chunk_attention_config": keys.UNREAD},
     switches={**keys.NO_BIAS, "qkv_bias": True},
     slides=slides,
 )
