@@ -194,11 +194,27 @@ def test_ways_to_load_that_are_not_supported_are_refused_by_name(folder: Path, n
         LLM(folder, **{name: value})  # type: ignore[arg-type]
 
 
+def test_prompts_of_a_list_share_forwards(folder: Path) -> None:
+    """As many at a time as asked for; their answers are those they have alone."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    found, forwards = [], []
+    for n in (1, 3):
+        with LLM(folder, threads=1, max_num_seqs=n) as llm:
+            rows, kernel = [], llm.engine.kernel
+            real = kernel.forward
+            kernel.forward = lambda n_rows, *more, rows=rows, real=real: (rows.append(n_rows), real(n_rows, *more))[1]  # type: ignore[method-assign]
+            found.append(ids_of(llm.generate(["a", "b", "c"], params)))
+            forwards.append(rows)
+    assert found[0] == found[1]
+    assert len(forwards[1]) < len(forwards[0])
+    assert 3 in forwards[1]
+
+
 def test_neutral_arguments_and_their_names_of_formats(folder: Path) -> None:
     neutral = {"tensor_parallel_size": 1, "enforce_eager": True, "trust_remote_code": False, "swap_space": 4}
     with LLM(folder, dtype="half", max_model_len=40, threads=1, gpu_memory_utilization=0.5, **neutral) as llm:
         target = llm.engine.setup.target
-        assert (target.weight_format.name, target.ctx) == ("f16", 40)
+        assert (target.weight_format.name, target.ctx, target.streams) == ("f16", 40, 4)
         assert len(llm.generate("a", SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)) == 1
         for call in (llm.generate, llm.chat):
             with pytest.raises(ff.RequestError, match="lora_request"):

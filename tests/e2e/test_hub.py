@@ -296,6 +296,37 @@ def test_looking_at_a_model_downloads_no_weights(hub: FakeHub, home: Path, comma
     assert "model.safetensors" in hub.files()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--ctx", "999999"), "ctx"),
+        (("--device", "cuda"), "device='cuda'"),
+        (("--threads", "0"), "threads"),
+        (("--quant", "int2"), "int2"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_a_download(
+    hub: FakeHub, home: Path, options: tuple[str, ...], words: str
+) -> None:
+    command = [sys.executable, "-m", "flashformer.cli", "run", NAME, "a", *options]
+    env = {**environment(hub, home), "CUDA_VISIBLE_DEVICES": ""}
+    made = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert made.returncode == 2
+    assert words in made.stderr
+    assert "model.safetensors" not in hub.files()
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused_before_a_download(
+    hub: FakeHub, home: Path, files: dict[str, bytes]
+) -> None:
+    hub.repos[NAME] = repo({**files, "tokenizer.json": b"{}"})
+    command = [sys.executable, "-m", "flashformer.cli", "run", NAME, "a"]
+    made = subprocess.run(command, env=environment(hub, home), capture_output=True, text=True, check=False)
+    assert made.returncode == 2
+    assert "tokenizer.json" in made.stderr
+    assert "model.safetensors" not in hub.files()
+
+
 def test_a21_a_cache_that_cannot_be_written(hub: FakeHub, home: Path, files: dict[str, bytes]) -> None:
     home.write_text("a file where a folder should be")
     refused(load(hub, home), NAME, str(home))

@@ -348,7 +348,16 @@ def test_doctor_describes_the_machine() -> None:
     assert found["version"] == ff.__version__
     assert found["threads"] >= 1
     assert found["affinity"]
-    assert call("doctor").stdout.count("\n") == len(found)
+    assert call("doctor", "--quiet").stdout.count("\n") == len(found)
+
+
+def test_doctor_counts_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "x.ffpack").write_bytes(bytes(1234))
+    for value, expected in ((str(tmp_path), (str(tmp_path), 1234)), ("off", (None, 0))):
+        monkeypatch.setenv("FLASHFORMER_CACHE", value)
+        found = json.loads(call("doctor", "--json").stdout)
+        assert (found["cache"], found["cache_bytes"]) == expected
 
 
 def spawn(*args: str | Path, **options: object) -> subprocess.Popen[bytes]:

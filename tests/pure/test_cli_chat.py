@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,8 +115,23 @@ def test_save_writes_messages_that_chat_takes(folder: Path, llm: ff.LLM, tmp_pat
     assert messages == said("zwölf", answer(llm, said("zwölf", system="s")), system="s")
     again = chat(folder, f"a\n/save {file}\n")
     assert again.exit_code == 2
-    assert "File exists" in again.stderr
+    assert f"/save {file}: the file exists; give another name" in again.stderr
     assert json.loads(file.read_text(encoding="utf-8")) == messages
+
+
+def test_what_cannot_be_saved_leaves_no_file(folder: Path, tmp_path: Path) -> None:
+    """The disk is full, which a limit on the size of files stands for."""
+    file = tmp_path / "talk.json"
+    code = (
+        "import resource, signal; from flashformer.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))\n"
+        "main()"
+    )
+    words = [sys.executable, "-c", code, "chat", str(folder), "-n", "2"]
+    made = subprocess.run(words, input=f"a\n/save {file}\n", capture_output=True, text=True, check=False)
+    assert made.returncode == 2
+    assert f"/save {file}: File too large" in made.stderr
+    assert not file.exists()
 
 
 def test_an_error_after_some_text_begins_a_line(folder: Path, llm: ff.LLM, monkeypatch: pytest.MonkeyPatch) -> None:

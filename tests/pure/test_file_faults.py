@@ -236,6 +236,10 @@ def test_only_weights_that_can_run_code(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"pytorch_model.bin but no model.safetensors.*cannot run code"):
         open_tensors(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(LoadError, match=r"an adapter, not a model; merge it into its base model first"):
+        open_tensors(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(LoadError, match="neither"):
         open_tensors(tmp_path)
 

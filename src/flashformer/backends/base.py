@@ -122,6 +122,11 @@ class Kernel(ABC):
         """Of the last forward since `keep_times`. Raises DeviceError where there is none."""
         raise DeviceError("no times were kept: call keep_times before the forward")
 
+    @property
+    def fits_in_cache(self) -> bool:
+        """Whether caches may hold the packed weights, so that memory says little."""
+        return True
+
     def probe_weights(self) -> float | None:
         """Read bandwidth of the packed weights with this kernel's workers, GB/s; None if it cannot be measured."""
         return None

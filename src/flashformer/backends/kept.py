@@ -19,6 +19,15 @@ from ..log import log
 UNUSED_S = 30 * 24 * 3600.0  # a file that nobody used for so long goes when the next is written
 
 
+def kept_bytes() -> int:
+    """Of all files below the cache folder."""
+    base = env.cache_folder()
+    try:
+        return 0 if base is None else sum(path.lstat().st_size for path in base.rglob("*") if path.is_file())
+    except OSError:  # one went while they were counted
+        return 0
+
+
 def own_folder(name: str, what: str) -> Path | None:
     """The folder `name` below the cache folder; None where nothing is to be kept, or, with a warning, cannot be."""
     if (base := env.cache_folder()) is None:

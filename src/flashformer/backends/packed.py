@@ -2,9 +2,9 @@
 
 checkpoint/packed.py draws such a file. Files of the cache are ours: their JSON is the *key*, all that decides the
 bytes, that is the layout of the Program and the identity of every source tensor (file, size, time of the last write,
-place). One whose key is not equal, whose size or digest is wrong or whose blocks do not add up is packed anew. They
-appear whole or not at all (written aside, then renamed) and are never written to again; folder and files belong to
-this user alone.
+digest of samples, place). One whose key is not equal, whose size or digest is wrong or whose blocks do not add up is
+packed anew. They appear whole or not at all (written aside, then renamed) and are never written to again; folder and
+files belong to this user alone.
 
 A file that is a model's weights (`flashformer quantize`) was given to us: it must be whole and have the layout of the
 Program that is built from the model's configuration and the file's formats, else it is refused.
@@ -121,6 +121,7 @@ class PackedFile:
                 return
             self.path.with_suffix(".lock").touch()
             kept.write_whole(self.path, self.parts(native, region, n_threads))
+            log.info("%s: packed weights kept, %d bytes (FLASHFORMER_CACHE=off keeps none)", self.path, total)
         except OSError as e:
             log.warning("%s: %s after some of %d bytes; packed weights are not kept", self.path, e.strerror, total)
 

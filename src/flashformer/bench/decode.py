@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter_ns
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Want
-from ..backends.cpu.bandwidth import ReadProbe
 from ..engine import LLM
 from ..engine.plan import weight_read_bytes
 from ..engine.request import integer
@@ -25,6 +25,25 @@ MIN_PAIRS = 9
 FAULT = 1.03  # a fraction above this means that the probe was too slow
 WARM_UP = 3
 TOKEN_SEED = 1
+
+
+class Probe(Protocol):
+    """Reads the memory that weights lie in as fast as it can."""
+
+    def gb_s(self, seconds: float) -> float:
+        """Measured for about so long."""
+
+
+@dataclass(frozen=True)
+class WeightsProbe:
+    """By the kernel's own workers, over the packed weights: on a GPU."""
+
+    llm: LLM
+
+    def gb_s(self, seconds: float) -> float:
+        found = self.llm.kernel.probe_weights()
+        assert found is not None, "the caches hold the weights"
+        return found
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ def _quant(llm: LLM) -> str:
     return quant.name if (quant := llm.setup.target.body_quant) else "none"
 
 
-def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: ReadProbe | None, commit: str) -> BenchResult:
+def bench_decode(llm: LLM, options: BenchOptions, rows: int, probe: Probe | None, commit: str) -> BenchResult:
     """Measures greedy decoding of `rows` slots; EOS does not end it.
 
     Blocks of forwards and of the probe take turns. `fraction` is the median over blocks of the block's GB/s

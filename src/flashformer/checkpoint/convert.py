@@ -45,6 +45,8 @@ def no_weights(where: str, names: Iterable[str], source: str, into: str) -> str:
         return f"{where}: neither {SINGLE} nor {INDEX} is there; expected a Hugging Face model folder"
     shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
     what = f"{where}: holds {shown} but no {SINGLE}; only safetensors are read, as they cannot run code"
+    if any(name.startswith("adapter_model.") for name in names):
+        return f"{where}: is an adapter, not a model; merge it into its base model first (merge_and_unload of peft)"
     if not names & {*_CONVERTED}:
         return f"{what}. Take the repository that holds {SINGLE} or {INDEX}"
     both = command(source, into, weights=True, tokenizer=source != into or TOKENIZER not in names)

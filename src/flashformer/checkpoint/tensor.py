@@ -6,9 +6,11 @@ which is an error that can name the file.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 
 from ..errors import LoadError
 from ..formats import Format
+
+SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 class StoredFile:
@@ -40,10 +44,18 @@ class StoredFile:
         """When it was opened."""
         return self._opened[0]
 
-    @property
-    def identity(self) -> tuple[str, int, int]:
-        """What tells this content from another: path without links, bytes, time of the last write in ns."""
-        return (os.path.realpath(self.path), *self._opened)
+    @cached_property
+    def identity(self) -> tuple[str, int, int, str]:
+        """What tells this content from another: path without links, bytes, time of the last write in ns, and a digest
+        of SAMPLES pieces of it, as there are ways to write files that leave the first three alone. Raises LoadError.
+        """
+        digest = hashlib.sha256()
+        for i in range(SAMPLES):
+            offset = i * max(0, self.n_bytes - SAMPLE_BYTES) // (SAMPLES - 1)
+            piece = np.empty(min(SAMPLE_BYTES, self.n_bytes), np.uint8)
+            self.read(offset, piece)
+            digest.update(piece.data)
+        return (os.path.realpath(self.path), *self._opened, digest.hexdigest())
 
     def read(self, offset: int, out: NDArray[Any]) -> None:
         """Fills the contiguous array `out` with the bytes from `offset`. Raises LoadError naming the file."""

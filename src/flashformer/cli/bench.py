@@ -10,7 +10,8 @@ import typer
 
 from ..backends.cpu.bandwidth import ReadProbe
 from ..bench import BenchOptions, BenchResult, bench_decode, bench_prefill, commit
-from ..bench.decode import FAULT
+from ..bench.decode import FAULT, Probe, WeightsProbe
+from ..engine import LLM
 from ..errors import DeviceError, RequestError
 from ..model.outline import read_outline
 from .options import JsonOpt, Machine, ModelArg, QuietOpt, grouped
@@ -44,7 +45,7 @@ def bench(
     llm = machine.load(model, ctx=ctx, streams=max(options.rows), quiet=quiet or as_json)
     results = []
     with llm:
-        probe, source = _probe(llm.setup.target.n_workers), commit()
+        probe, source = _probe(llm), commit()
         if options.prompt_tokens:
             results.append(bench_prefill(llm, options, source))
             if as_json:
@@ -66,9 +67,12 @@ def _rows(text: str) -> tuple[int, ...]:
         raise RequestError(f"--rows {text}: expected numbers from 1 to 16 with commas between, like 1,2,4,8") from None
 
 
-def _probe(n_threads: int) -> ReadProbe | None:
+def _probe(llm: LLM) -> Probe | None:
+    """Of the memory that the kernel reads."""
+    if llm.setup.gpu:
+        return None if llm.fits_in_cache else WeightsProbe(llm)
     try:
-        return ReadProbe(n_threads)
+        return ReadProbe(llm.setup.target.n_workers)
     except DeviceError as error:
         warn(f"no bandwidth is measured: {error}")
         return None

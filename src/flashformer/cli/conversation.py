@@ -140,12 +140,20 @@ class Conversation:
     def _save(self, name: str) -> None:
         if not name:
             raise RequestError("/save needs the name of a file")
+        text = json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n"
         try:
-            with Path(name).expanduser().open("x", encoding="utf-8") as file:
-                json.dump(self.messages, file, ensure_ascii=False, indent=2)
-                file.write("\n")
+            path = Path(name).expanduser()
+            with path.open("x", encoding="utf-8") as file:
+                try:
+                    file.write(text)
+                    file.flush()
+                except OSError:
+                    path.unlink()
+                    raise
+        except FileExistsError as error:
+            raise RequestError(f"/save {name}: the file exists; give another name") from error
         except (OSError, RuntimeError) as error:
-            raise RequestError(f"/save {name}: {getattr(error, 'strerror', error)}; the file must not exist") from error
+            raise RequestError(f"/save {name}: {getattr(error, 'strerror', error)}") from error
 
     def _stats(self, _: str) -> None:
         outputs, target = self._outputs, self._llm.setup.target

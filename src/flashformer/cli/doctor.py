@@ -9,13 +9,15 @@ from typing import Annotated
 import typer
 
 from ..backends.cpu import topology
+from ..backends.kept import kept_bytes
 from ..backends.registry import describe_cuda, native_isa
 from ..engine import Diagnosis, Options, diagnose
 from ..engine.stats import peak_rss_bytes
+from ..env import cache_folder
 from ..env import isa as requested_isa
 from ..errors import RequestError
 from ..version import __version__
-from .options import JsonOpt, OfflineOpt, RevisionOpt
+from .options import JsonOpt, OfflineOpt, QuietOpt, RevisionOpt
 from .output import write, write_json
 from .plan import size
 
@@ -27,6 +29,7 @@ def doctor(
     ] = None,
     revision: RevisionOpt = None,
     offline: OfflineOpt = False,
+    quiet: QuietOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Describe this machine, to paste into an issue. With --model, exit code 2 says that the model does not run."""
@@ -77,6 +80,8 @@ def describe_machine() -> dict[str, object]:
         "free_bytes": int(free.value) if free else None,
         "free_source": free.source if free else None,
         "rss_bytes": peak_rss_bytes(),
+        "cache": str(folder) if (folder := cache_folder()) else None,
+        "cache_bytes": kept_bytes(),
         "byte_order": sys.byteorder,
     }
 

@@ -47,6 +47,9 @@ def plan(
 
 def _measured(made: Plan) -> Plan:
     """The plan with this machine's read bandwidth, over the smallest region that no cache helps with."""
+    if made.device == "cuda":
+        warn("no floor is given: the bandwidth of a GPU is measured by `flashformer bench`")
+        return made
     try:
         probe = ReadProbe(made.threads, 8 * topology.last_level_cache_bytes())
         return replace(made, probe_gb_per_s=probe.gb_s(PROBE_S))

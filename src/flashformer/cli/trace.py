@@ -10,6 +10,7 @@ import typer
 
 from ..bench import trace_forward
 from ..bench.trace import WAIT
+from ..engine.request import LIMITS, integer
 from ..errors import RequestError
 from ..model.outline import read_outline
 from ..program.ir import KEY_CHUNK
@@ -31,8 +32,13 @@ def trace(
     for path in (out, html):
         if path is not None and not path.parent.is_dir():
             raise RequestError(f"{path}: there is no folder {path.parent}: make it first")
+    integer("depth", depth, (0, 1 << 30))
+    integer("rows", rows, LIMITS.streams)
     outline = read_outline(model, revision=machine.revision, offline=machine.offline)
-    need = min(-(-(max(depth, 1) + 1) // KEY_CHUNK) * KEY_CHUNK, outline.spec.max_positions)
+    most = outline.spec.max_positions
+    if depth >= most:
+        raise RequestError(f"--depth {depth}: the model has {most} positions, one of which is the token's")
+    need = min(-(-(max(depth, 1) + 1) // KEY_CHUNK) * KEY_CHUNK, most)
     with machine.load(model, ctx=need, streams=rows, quiet=quiet) as llm:
         found = trace_forward(llm, depth=depth, rows=rows)
         title = f"{llm.name}, {rows} rows at {depth} positions, {llm.setup.target.n_workers} workers"

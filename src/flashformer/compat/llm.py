@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine import Output, load
-from ..engine.request import LIMITS, real
+from ..engine.request import LIMITS, integer, real
 from ..errors import RequestError
 from .arguments import dtype as format_name
 from .arguments import require_neutral
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Given = str | Mapping[str, Any] | Sequence[int]  # a prompt: text, {"prompt": ...}, {"prompt_token_ids": ...}, token ids
 Messages = Sequence[Mapping[str, Any]]
+
+SEQUENCES = 4  # at a time
 
 _NEUTRAL_LOAD: Mapping[str, tuple[object, ...]] = {
     "block_size": (None,),
@@ -41,7 +43,6 @@ _NEUTRAL_LOAD: Mapping[str, tuple[object, ...]] = {
     "load_format": ("auto", "safetensors"),
     "max_logprobs": (20,),
     "max_num_batched_tokens": (None,),
-    "max_num_seqs": (None, 1),
     "override_generation_config": (None, {}),
     "pipeline_parallel_size": (1,),
     "quantization": (None,),
@@ -72,9 +73,10 @@ _NEUTRAL_CALL: Mapping[str, tuple[object, ...]] = {
 class LLM:
     """A loaded model with vLLM's names. `engine` is the model as flashformer.load gives it.
 
-    Prompts of a list run one after another. `max_model_len` is `ctx`; where it is None the context is chosen as
-    flashformer.load does. A request without a seed gets one drawn from `seed`, so that a program gives the same
-    answers every time; None draws them anew. Raises LoadError, RequestError, DeviceError.
+    Prompts of a list share forwards, `max_num_seqs` (1 to 16) at a time: each has its own KV cache. `max_model_len` is
+    `ctx`; where it is None the context is chosen as flashformer.load does. A request without a seed gets one drawn from
+    `seed`, so that a program gives the same answers every time; None draws them anew. Raises LoadError, RequestError,
+    DeviceError.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class LLM:
         *,
         dtype: str = "auto",
         max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
         seed: int | None = 0,
         revision: str | None = None,
         kv_cache_dtype: str = "auto",
@@ -100,6 +103,7 @@ class LLM:
             dtype=format_name(dtype),
             kv_dtype=None if kv_cache_dtype == "auto" else format_name(kv_cache_dtype),
             ctx=max_model_len,
+            streams=SEQUENCES if max_num_seqs is None else integer("max_num_seqs", max_num_seqs, LIMITS.streams),
             threads=threads,
             revision=revision,
             offline=offline,

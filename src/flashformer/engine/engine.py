@@ -331,10 +331,8 @@ class LLM:
 
     @property
     def fits_in_cache(self) -> bool:
-        """Whether the packed weights are smaller than four last-level caches, so that memory says little."""
-        from ..backends.cpu.topology import caches_hold
-
-        return caches_hold(self.program.packed_bytes)
+        """Whether caches hold the packed weights, so that memory says little."""
+        return self.kernel.fits_in_cache
 
     def close(self) -> None:
         """Frees threads and memory after the forward that may be running. A second call does nothing."""

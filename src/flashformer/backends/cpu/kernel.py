@@ -148,11 +148,15 @@ class CpuKernel(Kernel):
         run = both[0, :, 1] > 0
         return Times(begin, end, both[:, run, 0], both[:, run, 1])
 
+    @property
+    def fits_in_cache(self) -> bool:
+        return topology.caches_hold(self.program.packed_bytes)
+
     def probe_weights(self) -> float | None:
         """GB/s at which this kernel's number of threads reads its packed weights; None where caches hold them."""
-        n_bytes = self.program.packed_bytes
-        if topology.caches_hold(n_bytes):
+        if self.fits_in_cache:
             return None
+        n_bytes = self.program.packed_bytes
         return read_gb_s(self._weights.array[:n_bytes], self.program.target.n_workers, 0.4)
 
     def write_weights(self, path: Path, original: str, error: Mapping[str, Any]) -> None:

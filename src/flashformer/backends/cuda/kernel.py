@@ -37,7 +37,7 @@ from .host import extension, host_memory
 from .launch import LAUNCH, REPORT_WORDS, error_of, fill, parts, shifted
 from .nvrtc import ENTRY, Source, resources, source_of, version
 from .pack import pack_weights
-from .probe import probe_gb_s
+from .probe import LEAST_BYTES, probe_gb_s
 from .specialize import MAX_ROWS, THREADS, Specialization, row_counts, specialize
 
 SPIN_CYCLES = 3_000_000_000  # that a wait may take: about 1.5 s
@@ -340,6 +340,10 @@ class CudaKernel(Kernel):
         shape = (self.program.target.n_workers, len(self.program.phases), 2)
         both = self._times.reshape(shape)[:, : self._launch_phases].astype(np.int64)
         return Times(int(both[:, 0, 0].min()), int(both[:, -1, 1].max()), both[..., 0], both[..., 1])
+
+    @property
+    def fits_in_cache(self) -> bool:
+        return self.program.packed_bytes < LEAST_BYTES
 
     def probe_weights(self) -> float | None:
         """GB/s at which plain loads read the packed weights on all multiprocessors; None where caches hold them."""
