@@ -8,19 +8,25 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from cuda_models import H100
 from programs import spec
+from typer.testing import CliRunner
 
 import flashformer as ff
 from flashformer.backends import registry
 from flashformer.backends.cuda import driver, nvrtc
 from flashformer.backends.cuda.driver import GpuInfo
+from flashformer.cli.app import app
 from flashformer.engine.setup import Options, Setup, set_up
 from flashformer.formats import BF16, F32
 from flashformer.program.ir import Layout
 
+bench = import_module("flashformer.cli.bench")  # the package has the command under that name
 MODEL = spec()
 GPU = GpuInfo(H100, "GPU-1", "13.0", 80 << 30)
 
@@ -60,6 +66,28 @@ def test_a_gpu_is_taken_where_there_is_one(device: str, machine: Callable[[GpuIn
     assert "132 multiprocessors" in setup.workers_why
     assert setup.free is not None
     assert (setup.free.value, setup.free.source) == (80 << 30, "H100")
+
+
+def test_the_memory_of_this_machine_says_nothing_of_a_gpu(
+    machine: Callable[[GpuInfo | str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`plan` gives no floor, and `bench` compares with what the GPU reads."""
+    machine(GPU)
+    made = CliRunner().invoke(app, ["plan", "shape:smollm2-135m"])
+    assert made.exit_code == 0
+    assert "device     cuda, sm_90" in made.stdout
+    assert "floor" not in made.stdout
+    assert "bandwidth of a GPU is measured by `flashformer bench`" in made.stderr
+    monkeypatch.setattr(bench, "ReadProbe", None)
+    speeds = iter([2900.0, 3000.0])
+    llm: Any = SimpleNamespace(
+        setup=chosen(), fits_in_cache=False, kernel=SimpleNamespace(probe_weights=lambda: next(speeds))
+    )
+    probe = bench._probe(llm)
+    assert probe is not None
+    assert [probe.gb_s(0.3), probe.gb_s(0.3)] == [2900.0, 3000.0]
+    llm.fits_in_cache = True
+    assert bench._probe(llm) is None
 
 
 @pytest.mark.parametrize("device", ["cpu", "reference"])

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from make_checkpoint import CHAT_TEMPLATE, byte_tokenizer, write_folder
 from tokenizer_kinds import KINDS, Kind, sentencepiece
 from tokenizer_kinds import texts as hard_texts
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from flashformer import LoadError, RequestError, load
+from flashformer import LoadError, RequestError
 from flashformer.checkpoint import open_checkpoint
 from flashformer.checkpoint.resolve import resolve
 from flashformer.checkpoint.tokenizer import load_tokenizer
@@ -319,34 +319,6 @@ def test_a18_bad_files(tmp_path: Path, files: dict[str, bytes | None], words: tu
         load_tokenizer(tmp_path)
     for word in (str(tmp_path), *words):
         assert word in str(caught.value)
-
-
-def test_a18_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
-    write_folder(tmp_path, {**CONFIG, "vocab_size": 258}, BF16)
-    assert load_model(tmp_path).tokenizer is not None
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([AddedToken("<|one more|>")])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(LoadError, match=r"ids up to 258.*vocab_size = 258"):
-        load_model(tmp_path)
-
-
-def test_a18_special_tokens_without_an_embedding(tmp_path: Path) -> None:
-    """As in Gemma 3 1B, whose image token lies behind its embeddings: a warning, and no request may have it."""
-    write_folder(tmp_path, {**CONFIG, "vocab_size": 258}, BF16)
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens(["<image_soft_token>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.warns(UserWarning, match=r"ids up to 258.*vocab_size = 258.*<image_soft_token>"):
-        llm = load(tmp_path, device="reference")
-    with llm:
-        assert llm.generate("plain", max_tokens=1).token_ids
-        with pytest.raises(RequestError, match=r"258"):
-            llm.generate("an <image_soft_token>", max_tokens=1)
-        tokenizer.add_tokens([AddedToken("<|one more|>")])
-        tokenizer.save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(LoadError, match=r"ids up to 259.*vocab_size = 258"):
-            load_model(tmp_path)
 
 
 # ---- folders and hub ids
