@@ -1,4 +1,4 @@
-"""Fills the figures of README.md and of the demo's model card from recorded results; `--check` only compares.
+"""Fills the figures of README.md, docs/figures.md and the demo's model card from recorded results; `--check` compares.
 
 Each file has its tables between the two marker lines below. No figure in them is typed by hand.
 """
@@ -18,6 +18,8 @@ BEGIN = "<!-- figures: written by tools/figures.py, begin -->"
 END = "<!-- figures: end -->"
 NO_FIGURES = "No figures are recorded yet."
 
+Record = dict[str, Any]
+
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     lines = [list(header), *([str(cell) for cell in row] for row in rows)]
@@ -25,15 +27,22 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def latest(records: Iterable[Record]) -> list[Record]:
     """The last record of every measurement, in the order in which the measurements first appear."""
     keys = ("model", "quant", "device", "threads", "test", "rows", "depth")
     return list({tuple(record[key] for key in keys): record for record in records}.values())
 
 
-def benchmark_figures(results: Path = RESULTS) -> str:
+def every(*_: Record) -> bool:
+    return True
+
+
+def benchmark_figures(results: Path = RESULTS, shown_if: Callable[[Record], bool] = every) -> str:
+    """The newest record of every measurement of `flashformer bench`."""
     lines = [line for path in sorted(results.glob("*.jsonl")) for line in path.read_text().splitlines()]
     records = latest(record for record in map(json.loads, lines) if "device" in record)  # others are of other kinds
+    order = ("model", "quant", "test", "rows", "depth")
+    records = sorted(filter(shown_if, records), key=lambda r: [(r[k] != "none", r[k]) for k in order])
     if not records:
         return NO_FIGURES
 
@@ -54,7 +63,7 @@ def benchmark_figures(results: Path = RESULTS) -> str:
     return "\n".join([table(header, map(row, records)), "", f"Measured on: {'; '.join(machines)}."])
 
 
-def latest_pairs(results: Path = RESULTS) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def latest_pairs(results: Path = RESULTS) -> list[tuple[Record, Record]]:
     """(record, matched pair) of engines.jsonl, the newest of every model, format, test, of our weights and the peer, in
     the order in which they first appear: not every run has all peers.
     """
@@ -66,10 +75,10 @@ def latest_pairs(results: Path = RESULTS) -> list[tuple[dict[str, Any], dict[str
     return list(newest.values())
 
 
-def engine_figures(results: Path = RESULTS) -> str:
+def engine_figures(results: Path = RESULTS, shown_if: Callable[[Record, Record], bool] = every) -> str:
     """Every matched pair of `benchmarks/compare_engines.py`; empty if none is recorded."""
     rows, versions = [], set()
-    pairs = latest_pairs(results)
+    pairs = [(record, pair) for record, pair in latest_pairs(results) if shown_if(record, pair)]
     for record, pair in pairs:
         prompt = record["test"] == "prefill"
         test = f"prompt of {record['tokens']}" if prompt else f"decode, {record['depth']} cached"
@@ -93,8 +102,14 @@ def engine_figures(results: Path = RESULTS) -> str:
     return "\n".join([table(header, rows), "", note])
 
 
-def readme_figures(results: Path = RESULTS) -> str:
+def all_figures(results: Path = RESULTS) -> str:
     return "\n\n".join(filter(None, [benchmark_figures(results), engine_figures(results)]))
+
+
+def readme_figures(results: Path = RESULTS) -> str:
+    """Decoding one row beside memory, and beside one peer."""
+    ours = benchmark_figures(results, lambda r: (r["test"], r["rows"]) == ("decode", 1) and r["depth"] in (32, 1024))
+    return "\n\n".join(filter(None, [ours, engine_figures(results, lambda _, pair: pair["peer"] == "llama.cpp")]))
 
 
 def demo_figures(folder: Path = DEMO) -> str:
@@ -123,7 +138,11 @@ def demo_figures(folder: Path = DEMO) -> str:
     return table(("figure", "value"), rows)
 
 
-FILES: dict[Path, Callable[[], str]] = {ROOT / "README.md": readme_figures, DEMO / "README.md": demo_figures}
+FILES: dict[Path, Callable[[], str]] = {
+    ROOT / "README.md": readme_figures,
+    ROOT / "docs" / "figures.md": all_figures,
+    DEMO / "README.md": demo_figures,
+}
 
 
 def filled(text: str, figures: str) -> str:

@@ -113,7 +113,7 @@ def test_torch_is_the_pinned_one():
     assert re.findall(r"torch==[\w.]+", README) == [pinned]
 
 
-@pytest.mark.parametrize("path", figures.FILES, ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("path", figures.FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_figures_are_the_recorded_ones(path):
     text = path.read_text()
     assert figures.filled(text, figures.FILES[path]()) == text
@@ -142,7 +142,10 @@ def test_table_shows_the_last_record(tmp_path):
     assert shown[-1] == "Measured on: X, avx2, 2 threads."
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/design.md", "docs/program.md", "docs/server.md"]
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/design.md", "docs/figures.md", "docs/program.md"),
+    "docs/server.md",
+]
 
 
 @pytest.mark.parametrize("name", PAGES)
