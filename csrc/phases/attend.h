@@ -3,8 +3,9 @@
 // and appends the keys and values of the rows whose positions lie in its chunk. Gives, per (row, head, chunk): values
 // weighted by exp(score - max), the maximum and the sum; o_proj merges chunks in position order. Scores are taken over
 // 16 keys at a time (a lane owns a key), values key after key (a lane owns an element), so no sum depends on which rows
-// or workers are about. What is read next is prefetched: keys in the order of their blocks, then values, then the keys
-// of the unit after.
+// or workers are about. Runs of keys and values are left to the hardware, which reads ahead within them (until their
+// end prefetches name the line that is being read, as in products); what follows a run is prefetched, and the values
+// while exponentials are computed.
 #pragma once
 
 #include <cfloat>
@@ -15,29 +16,37 @@
 
 namespace flashformer {
 
-constexpr int64_t kAheadBytes = 4096;  // of the values that are prefetched
+constexpr int64_t kAheadBytes = 4096;      // of what follows a run of keys or values: prefetched at its end
+constexpr int64_t kThinkingBytes = 12288;  // of the values of a whole chunk: prefetched while no memory is read
 
 // One query head of one row against the keys of a chunk.
 struct Query {
-  const float* q;      // (head_dim)
+  const float* q;      // (head_dim), as KV::X
   int64_t begin, end;  // keys of the chunk that this row sees
   int64_t partial;     // index of its result
 };
 
-// scores[p][...] of P queries and 16 keys: the sum over even elements of the head and that over odd ones. `ahead`: as
+// scores[p][...] of P queries and 16 keys: the sum over even steps of the head and that over odd ones. `ahead`: as
 // many bytes to be read later.
 template <class V, class KV, int P>
 inline void score_block(const Query* query, const typename KV::T* keys, int64_t head_dim, typename V::F scale,
                         float* scores, const char* ahead) {
-  constexpr int kPairBytes = 2 * kLanes * sizeof(typename KV::T);
+  constexpr int64_t kStep = KV::kStep, kVector = kStep * kLanes, kTwoBytes = 2 * kVector * sizeof(typename KV::T);
   typename V::F even[P], odd[P];
   for (int p = 0; p < P; ++p) even[p] = odd[p] = V::zero();
-  for (int64_t d = 0; d < head_dim; d += 2, keys += 2 * kLanes, ahead += kPairBytes) {
-    for (int line = 0; line < kPairBytes; line += 64) V::prefetch(ahead + line);
-    const typename V::F first = KV::load(keys), second = KV::load(keys + kLanes);
+  int64_t d = 0;
+  for (; d + 2 * kStep <= head_dim; d += 2 * kStep, keys += 2 * kVector, ahead += kTwoBytes) {
+    for (int line = 0; line < kTwoBytes; line += 64) V::prefetch(ahead + line);
+    const typename KV::Vector first = KV::load(keys), second = KV::load(keys + kVector);
     for (int p = 0; p < P; ++p) {
-      even[p] = V::fma(first, V::set1(query[p].q[d]), even[p]);
-      odd[p] = V::fma(second, V::set1(query[p].q[d + 1]), odd[p]);
+      const auto* q = reinterpret_cast<const typename KV::X*>(query[p].q) + d;
+      even[p] = KV::add(even[p], first, q);
+      odd[p] = KV::add(odd[p], second, q + kStep);
+    }
+  }
+  if (d < head_dim) {
+    for (int p = 0; p < P; ++p) {
+      even[p] = KV::add(even[p], KV::load(keys), reinterpret_cast<const typename KV::X*>(query[p].q) + d);
     }
   }
   for (int p = 0; p < P; ++p) V::store(scores + p * kKeyChunk, V::mul(V::add(even[p], odd[p]), scale));
@@ -46,14 +55,17 @@ inline void score_block(const Query* query, const typename KV::T* keys, int64_t 
 // `x` at keys k .. k+15 that a query sees, `other` at the rest.
 template <class V>
 inline typename V::F seen(const Query& query, int64_t k, typename V::F x, typename V::F other) {
+  if (query.begin <= k && k + kLanes <= query.end) return x;
   x = V::first(query.end - k, x, other);
   return query.begin > k ? V::first(query.begin - k, other, x) : x;
 }
 
-// Scores of one query -> exp(score - max) in place, 0 at keys of the blocks that it does not see; gives (max, sum). A
-// score that is not finite makes the sum NaN: max, exp and the soft cap alone would hide it behind a plausible average.
-template <class V>
-inline void exponentiate(const Query& query, typename V::F softcap, bool capped, float* scores, float* max_and_sum) {
+// Scores of one query -> exp(score - max) in place, as KV::X, 0 at keys of the blocks that it does not see; gives (max,
+// sum). A score that is not finite makes the sum NaN: max, exp and the soft cap alone would hide it behind a plausible
+// average. `ahead`: what is prefetched, `share` bytes for 16 keys.
+template <class V, class KV>
+inline void exponentiate(const Query& query, typename V::F softcap, bool capped, float* scores, float* max_and_sum,
+                         const char* ahead, int64_t share) {
   using F = typename V::F;
   const F lowest = V::set1(-FLT_MAX);
   const int64_t first = query.begin / kLanes * kLanes;
@@ -71,8 +83,9 @@ inline void exponentiate(const Query& query, typename V::F softcap, bool capped,
   F total = V::zero();
   for (int64_t k = first; k < query.end; k += kLanes) {
     F e = seen<V>(query, k, exp<V>(V::sub(V::load(scores + k), V::set1(max))), V::zero());
-    V::store(scores + k, e);
-    total = V::add(total, e);
+    if constexpr (KV::kStep == 1) V::store(scores + k, e);
+    total = V::add(total, KV::round(reinterpret_cast<typename KV::X*>(scores) + k, e));
+    for (const char* end = ahead + share; ahead < end; ahead += 64) V::prefetch(ahead);
   }
   max_and_sum[0] = max;
   max_and_sum[1] = sum_lanes<V>(total) + sum_lanes<V>(poison);
@@ -83,41 +96,48 @@ inline void exponentiate(const Query& query, typename V::F softcap, bool capped,
 template <class V, class KV, int P, int D>
 inline void weigh_values(const Forward& forward, const Query* query, const typename KV::T* values, int64_t stride,
                          int64_t at, const float* scores, const typename KV::T* next) {
-  constexpr int64_t kElementBytes = sizeof(typename KV::T), kLine = 64 / (kLanes * kElementBytes);  // vectors of a line
+  constexpr int64_t kStep = KV::kStep, kVector = kStep * kLanes, kElementBytes = sizeof(typename KV::T);
+  constexpr int64_t kLine = 64 / (kVector * kElementBytes);  // vectors of a line
+  const auto first_of = [&](int p) { return query[p].begin / kStep; };
+  const auto end_of = [&](int p) { return (query[p].end + kStep - 1) / kStep; };
+  stride *= kStep, at *= kStep;
   typename V::F sum[P][D];
-  int64_t begin = query[0].begin, end = query[0].end;
+  int64_t begin = first_of(0), end = end_of(0);  // in steps
   for (int p = 0; p < P; ++p) {
-    begin = query[p].begin > begin ? query[p].begin : begin;
-    end = query[p].end < end ? query[p].end : end;
+    begin = first_of(p) > begin ? first_of(p) : begin;
+    end = end_of(p) < end ? end_of(p) : end;
     for (int d = 0; d < D; ++d) sum[p][d] = V::zero();
   }
   if (end < begin) end = begin;
+  const auto weight = [&](int p, int64_t s) {
+    return reinterpret_cast<const typename KV::X*>(scores + p * kKeyChunk) + s * kStep;
+  };
   auto alone = [&](int p, int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) {
-      typename V::F weight = V::set1(scores[p * kKeyChunk + k]);
-      for (int d = 0; d < D; ++d)
-        sum[p][d] = V::fma(weight, KV::load(values + k * stride + at + d * kLanes), sum[p][d]);
+    for (int64_t s = first; s < last; ++s) {
+      for (int d = 0; d < D; ++d) {
+        sum[p][d] = KV::add(sum[p][d], KV::load(values + s * stride + at + d * kVector), weight(p, s));
+      }
     }
   };
-  for (int p = 0; p < P; ++p) alone(p, query[p].begin, begin < query[p].end ? begin : query[p].end);
+  for (int p = 0; p < P; ++p) alone(p, first_of(p), begin < end_of(p) ? begin : end_of(p));
   auto together = [&](int64_t first, int64_t last, const typename KV::T* ahead) {
-    for (int64_t k = first; k < last; ++k, ahead += stride) {
-      for (int d = 0; d < D; d += kLine) V::prefetch(reinterpret_cast<const char*>(ahead + d * kLanes));
-      typename V::F value[D];
-      for (int d = 0; d < D; ++d) value[d] = KV::load(values + k * stride + at + d * kLanes);
+    for (int64_t s = first; s < last; ++s, ahead += stride) {
+      for (int d = 0; d < D; d += kLine) V::prefetch(reinterpret_cast<const char*>(ahead + d * kVector));
+      typename KV::Vector value[D];
+      for (int d = 0; d < D; ++d) value[d] = KV::load(values + s * stride + at + d * kVector);
       for (int p = 0; p < P; ++p) {
-        typename V::F weight = V::set1(scores[p * kKeyChunk + k]);
-        for (int d = 0; d < D; ++d) sum[p][d] = V::fma(weight, value[d], sum[p][d]);
+        for (int d = 0; d < D; ++d) sum[p][d] = KV::add(sum[p][d], value[d], weight(p, s));
       }
     }
   };
   const int64_t distance = kAheadBytes / (stride * kElementBytes),
                 turn = end - distance > begin ? end - distance : begin;
-  together(begin, turn, values + (begin + distance) * stride + at);
+  together(begin, turn, values + begin * stride + at);
   together(turn, end, next + at);
   for (int p = 0; p < P; ++p) {
-    alone(p, end, query[p].end);
-    for (int d = 0; d < D; ++d) V::store(forward.partial_values(query[p].partial) + at + d * kLanes, sum[p][d]);
+    alone(p, end, end_of(p));
+    float* result = forward.partial_values(query[p].partial) + at / kStep;
+    for (int d = 0; d < D; ++d) V::store(result + d * kLanes, sum[p][d]);
   }
 }
 
@@ -140,7 +160,7 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
                 distance = (kAheadBytes + block * kElementBytes - 1) / (block * kElementBytes);
   for (int64_t b = least / kLanes; b < blocks; ++b) {
     const int64_t later = b + distance - blocks;
-    const typename KV::T* ahead = later < 0 ? keys + (b + distance) * block : values + least * stride + later * block;
+    const typename KV::T* ahead = later < 0 ? keys + b * block : values + least * stride + later * block;
     const char* line = reinterpret_cast<const char*>(ahead);
     for (int p = 0; p + Q <= P; p += Q) {
       score_block<V, KV, Q>(query + p, keys + b * block, phase.head_dim, scale, scores + p * kKeyChunk + b * kLanes,
@@ -152,9 +172,12 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
                                 line);
     }
   }
+  const char* meanwhile = reinterpret_cast<const char*>(values + least * stride) + kAheadBytes;
+  constexpr int64_t kShare = kThinkingBytes / (kKeyChunk / kLanes) / P / 64 * 64;  // for 16 keys of a query
   for (int p = 0; p < P; ++p) {
-    exponentiate<V>(query[p], softcap, phase.softcap > 0, scores + p * kKeyChunk,
-                    forward.partial_sums(query[p].partial));
+    exponentiate<V, KV>(query[p], softcap, phase.softcap > 0, scores + p * kKeyChunk,
+                        forward.partial_sums(query[p].partial), meanwhile + p * (blocks - least / kLanes) * kShare,
+                        kShare);
   }
   constexpr int D = V::kValuesAtOnce;
   int64_t at = 0;
@@ -218,6 +241,11 @@ inline void attend_unit(Worker& worker, const Phase& phase, const Unit& unit, co
     for (int64_t h = kv_head * per_kv; h < (kv_head + 1) * per_kv; ++h) {
       float* q = worker.heads() + n * forward.model.partial_stride;
       take_head<V>(worker, phase, r, h, q);
+      if constexpr (KV::kStep > 1) {
+        for (int64_t d = 0; d < phase.head_dim; d += kLanes) {
+          KV::round(reinterpret_cast<typename KV::X*>(q) + d, V::load(q + d));
+        }
+      }
       batch[n++] = {q, begin > 0 ? begin : 0, end < kKeyChunk ? end : kKeyChunk,
                     forward.partial_index(r, h) + first_key / kKeyChunk};
       if (n == kScoreRows) {

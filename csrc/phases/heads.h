@@ -47,18 +47,24 @@ inline void take_head(const Worker& worker, const Phase& phase, int64_t r, int64
   }
 }
 
-// The key and the value of row r into place k of a chunk of the cache.
+// The key and the value of row r into place k of a chunk of the cache. A value beside it that is still to come is zero:
+// its weight is, but not what an earlier sequence may have left.
 template <class V, class KV>
 inline void append(const Worker& worker, const Phase& phase, int64_t r, int64_t kv_head, typename KV::T* keys,
                    typename KV::T* values, int64_t k) {
   const Forward& forward = *worker.forward;
   const int64_t n = phase.head_dim;
+  constexpr int64_t kStep = KV::kStep;
   float* key = worker.heads();
   take_head<V>(worker, phase, r, phase.n_heads + kv_head, key);
-  typename KV::T* block = keys + k / kLanes * n * kLanes + k % kLanes;
-  for (int64_t d = 0; d < n; ++d) KV::put(block + d * kLanes, key[d]);
+  typename KV::T* column = keys + k / kLanes * n * kLanes + k % kLanes * kStep;
+  for (int64_t d = 0; d < n; ++d) KV::put(column + d / kStep * kStep * kLanes + d % kStep, key[d]);
   const float* value = forward.qkv() + r * forward.model.qkv_stride + (phase.n_heads + phase.n_kv_heads + kv_head) * n;
-  for (int64_t d = 0; d < n; ++d) KV::put(values + k * phase.head_dim_padded + d, value[d]);
+  typename KV::T* row = values + k / kStep * kStep * phase.head_dim_padded + k % kStep;
+  for (int64_t d = 0; d < n; ++d) {
+    KV::put(row + d * kStep, value[d]);
+    if (kStep == 2 && k % 2 == 0) KV::put(row + d * kStep + 1, 0.0f);
+  }
 }
 
 }  // namespace flashformer

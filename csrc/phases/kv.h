@@ -1,5 +1,7 @@
 // The KV cache of one layer. Keys (streams, n_kv_heads, ctx/16, head_dim, 16): 16 positions are lanes, so that
-// scores need no horizontal sums. Values (streams, n_kv_heads, ctx, head_dim padded to 16).
+// scores need no horizontal sums. Values (streams, n_kv_heads, ctx, head_dim padded to 16). Where an instruction takes
+// two elements at once (kStep), these lie side by side: two of a key, in keys (..., head_dim/2, 16, 2); those of two
+// keys, in values (..., ctx/2, head_dim padded to 16, 2).
 #pragma once
 
 #include "../element.h"
@@ -11,25 +13,52 @@ struct Half {
   uint16_t bits;
 };
 
+// T: an element of the cache; X: of what meets it, queries and weights, which are rounded in place. A vector is 16
+// steps.
 template <class V>
-struct KvF32 {
+struct KvWide {
+  using X = float;
+  using Vector = typename V::F;
+  static constexpr int kStep = 1;
+  static typename V::F add(typename V::F sum, Vector v, const X* x) { return V::fma(v, V::set1(*x), sum); }
+  static typename V::F round(X*, typename V::F x) { return x; }
+};
+
+template <class V>
+struct KvF32 : KvWide<V> {
   using T = float;
   static typename V::F load(const T* p) { return V::load(p); }
   static void put(T* p, float x) { *p = x; }
 };
 
 template <class V>
-struct KvBf16 {
+struct KvBf16 : KvWide<V> {
   using T = uint16_t;
   static typename V::F load(const T* p) { return V::load_bf16(p); }
   static void put(T* p, float x) { *p = to_bf16(x); }
 };
 
 template <class V>
-struct KvF16 {
+struct KvF16 : KvWide<V> {
   using T = Half;
   static typename V::F load(const T* p) { return V::load_f16(&p->bits); }
   static void put(T* p, float x) { p->bits = to_f16(x); }
+};
+
+template <class V>
+struct KvBf16Dot {
+  using T = uint16_t;
+  using X = uint16_t;
+  using Vector = typename V::Raw;
+  static constexpr int kStep = 2;
+  static Vector load(const T* p) { return V::load_raw(reinterpret_cast<const char*>(p)); }
+  static void put(T* p, float x) { *p = to_bf16(x); }
+  static typename V::F add(typename V::F sum, Vector v, const X* x) { return V::dot_bf16(sum, v, x); }
+  // 16 elements of a row of fp32 -> X in the same place, counted in X; gives what they are now.
+  static typename V::F round(X* p, typename V::F x) {
+    V::store_bf16(p, x);
+    return V::load_bf16(p);
+  }
 };
 
 // The first key that a row at `pos` sees.

@@ -18,7 +18,10 @@ inline constexpr PhaseTable kTable = {
     {embed<V>, qkv<V, W>, attend<V, KV>, o_proj<V, W>, gate_up<V, W>, down<V, W>, lm_head<V, W>, sample<V>}};
 
 template <class V, class W>
-const PhaseTable* table_for_kv(Format kv) {
+const PhaseTable* table_for_kv(Format kv, bool narrow) {
+  if constexpr (requires(typename V::F f, typename V::Raw w, const uint16_t* x) { V::dot_bf16(f, w, x); }) {
+    if (kv == Format::kBf16 && narrow) return &kTable<V, W, KvBf16Dot<V>>;
+  }
   if (kv == Format::kBf16) return &kTable<V, W, KvBf16<V>>;
   if (kv == Format::kF16) return &kTable<V, W, KvF16<V>>;
   return kv == Format::kF32 ? &kTable<V, W, KvF32<V>> : nullptr;
@@ -26,9 +29,9 @@ const PhaseTable* table_for_kv(Format kv) {
 
 template <class V, template <class> class Codes>
 const PhaseTable* table_for_codes(Format kv, bool narrow) {
-  if (!narrow) return table_for_kv<V, QuantWide<V, Codes>>(kv);
+  if (!narrow) return table_for_kv<V, QuantWide<V, Codes>>(kv, false);
   if constexpr (requires(typename V::I acc, typename V::Raw w, typename V::X4 x) { V::dot_bytes(acc, w, x); }) {
-    return table_for_kv<V, QuantNarrow<V, Codes>>(kv);
+    return table_for_kv<V, QuantNarrow<V, Codes>>(kv, true);
   }
   return nullptr;
 }
@@ -38,13 +41,13 @@ template <class V>
 const PhaseTable* table_for(Format weights, Format kv, bool narrow) {
   switch (weights) {
     case Format::kF32:
-      return narrow ? nullptr : table_for_kv<V, Plain<V, WeightsF32<V>>>(kv);
+      return narrow ? nullptr : table_for_kv<V, Plain<V, WeightsF32<V>>>(kv, false);
     case Format::kF16:
-      return narrow ? nullptr : table_for_kv<V, Plain<V, WeightsF16<V>>>(kv);
+      return narrow ? nullptr : table_for_kv<V, Plain<V, WeightsF16<V>>>(kv, false);
     case Format::kBf16:
-      if (!narrow) return table_for_kv<V, Plain<V, WeightsBf16<V>>>(kv);
+      if (!narrow) return table_for_kv<V, Plain<V, WeightsBf16<V>>>(kv, false);
       if constexpr (requires(typename V::F f, typename V::Raw w, const uint16_t* x) { V::dot_bf16(f, w, x); }) {
-        return table_for_kv<V, Plain<V, WeightsBf16Dot<V>>>(kv);
+        return table_for_kv<V, Plain<V, WeightsBf16Dot<V>>>(kv, true);
       }
       return nullptr;
     case Format::kInt8:
