@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 from flashformer.formats import BF16, F32, Format
 from flashformer.model import Activation, LayerSpec, ModelSpec, RopeKind, RopeSpec
 from flashformer.program import Program, Target, build
-from flashformer.program.ir import Phase, Space
+from flashformer.program.ir import Phase, Space, Span
 from flashformer.program.ops import OPS
+from flashformer.program.tape import make_tapes
 
 Task = tuple[int, int]  # phase, worker
 State = tuple[int, ...]  # phases finished by each worker
@@ -42,6 +44,30 @@ def with_wait(sound: Program, index: int, worker: int, wait: int) -> Program:
     waits = list(sound.phases[index].waits)
     waits[worker] = wait
     return with_phase(sound, index, waits=tuple(waits))
+
+
+def with_deal(sound: Program, index: int, counts: Sequence[int]) -> Program:
+    """The tiles of a phase in these numbers, one of each worker; the tapes follow."""
+    moved = with_phase(sound, index, spans=tuple(Span(*ends) for ends in pairwise([0, *accumulate(counts)])))
+    return dataclasses.replace(moved, tapes=make_tapes(moved.phases, len(counts)))
+
+
+def uneven(sound: Program) -> list[int]:
+    """Phases, by the tapes, of which a worker has too many tiles, or has one that would be better with another."""
+    found, totals = [], [0] * len(sound.tapes)
+    for p, phase in enumerate(sound.phases):
+        if phase.matrix is None:
+            continue
+        size = phase.matrix.tile_bytes
+        n_tiles = [sum(item.end - item.begin for item in tape if item.phase == p) // size for tape in sound.tapes]
+        totals = [total + n * size for total, n in zip(totals, n_tiles, strict=True)]
+        limit = -(-phase.matrix.n_tiles // len(totals))
+        givers = [total for total, n in zip(totals, n_tiles, strict=True) if n > 0]
+        takers = [total for total, n in zip(totals, n_tiles, strict=True) if n < limit]
+        better = any(max(a - size, b + size) < max(a, b) for a in set(givers) for b in set(takers))
+        if max(n_tiles) > limit or better:
+            found.append(p)
+    return found
 
 
 def _touched(sound: Program, phase: Phase, worker: int) -> tuple[set[tuple[Space, int]], set[tuple[Space, int]]]:

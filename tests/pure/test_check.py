@@ -7,14 +7,20 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import conflicts, goes_wrong, program, spec, with_phase, with_wait
+from programs import conflicts, goes_wrong, program, spec, uneven, with_phase, with_wait
 
 from flashformer.check import CheckedProgram, check, findings
 from flashformer.check.arrivals import schedule
+from flashformer.check.balance import balance
 from flashformer.errors import ProgramError
-from flashformer.formats import BF16, F32
-from flashformer.program.ir import Space, Span
-from flashformer.program.ops import bytes_read, written_extent
+from flashformer.formats import BF16, F32, find_quant
+from flashformer.model import shape_names
+from flashformer.model.outline import read_outline
+from flashformer.program import Target, build
+from flashformer.program.ir import Layout, Op, Space, Span
+from flashformer.program.ops import written_extent
+
+GPUS = (78, 108, 132, 148)  # multiprocessors
 
 
 @settings(max_examples=60)
@@ -116,23 +122,39 @@ def test_forward_without_the_head_is_proved_too() -> None:
     assert not any("forward with the head" in message for message in progress)
 
 
-def test_balance_of_a_real_shape() -> None:
-    """Recomputed here from the tapes: every boundary within a tile, totals within 1 percent or one tile."""
-    n_workers = 7
-    sound = program(spec(n_layers=3, d_model=512, n_heads=8, head_dim=64, d_ff=1408, vocab_size=8000), n_workers)
-    assert findings(sound) == []
-    for head in (False, True):
-        n_phases = len(sound.phases) if head else sound.head_begin
-        totals = [0] * n_workers
-        for index, phase in enumerate(sound.phases[:n_phases]):
-            for worker, tape in enumerate(sound.tapes):
-                read = sum(item.end - item.begin for item in tape if item.phase == index)
-                assert read == bytes_read(phase, worker)
-                totals[worker] += read
-            if phase.matrix and phase.n_units >= n_workers:
-                assert max(totals) - min(totals) <= phase.matrix.tile_bytes
-        last = next(phase.matrix.tile_bytes for phase in reversed(sound.phases[:n_phases]) if phase.matrix)
-        assert max(totals) - min(totals) <= max(0.01 * sum(totals) / n_workers, last)
+@pytest.mark.parametrize("n_workers", [1, 2, 3, 4, *GPUS])
+@pytest.mark.parametrize("shape", shape_names())
+def test_balance_of_real_shapes(shape: str, n_workers: int) -> None:
+    """Recomputed from the tapes: no tile would be better with another worker, and totals agree within one tile."""
+    layout = Layout.FRAGMENTS if n_workers in GPUS else Layout.LANES
+    model = read_outline(f"shape:{shape}").spec
+    model = dataclasses.replace(model, layers=model.layers[:6])
+    for names in (("none", "none"), ("int8-g32", "int8-g32"), ("int4-g32-zp", "none")):
+        body, head = map(find_quant, names)
+        sound = build(model, Target(n_workers, BF16, BF16, 16, 1, 512, False, body, head, layout))
+        found, proved = balance(sound)
+        assert found == [], names
+        assert proved["balance"] == 25
+        assert uneven(sound) == []
+        for end in (sound.head_begin, len(sound.phases)):
+            items = [[item.end - item.begin for item in tape if item.phase < end] for tape in sound.tapes]
+            totals = [sum(item) for item in items]
+            largest = max(phase.matrix.tile_bytes for phase in sound.phases[:end] if phase.matrix)
+            assert max(totals) - min(totals) <= largest
+            assert sum(totals) == sum(phase.matrix.n_bytes for phase in sound.phases[:end] if phase.matrix)
+
+
+def test_tiles_of_llamas_on_an_h100() -> None:
+    """Nobody has two tiles of a phase more than another, or reads more than 1.0012 times the mean of all."""
+    for shape, qkv, o_proj, gate_up in (("llama-3.2-1b", 2, 1, 8), ("llama-3.1-8b", 3, 2, 14)):
+        sound = build(read_outline(f"shape:{shape}").spec, Target(132, BF16, BF16, 16, 1, 512, layout=Layout.FRAGMENTS))
+        most = {Op.QKV: qkv, Op.O_PROJ: o_proj, Op.GATE_UP: gate_up, Op.DOWN: o_proj, Op.LM_HEAD: 61}
+        for phase in sound.phases:
+            if phase.matrix:
+                counts = [len(span) for span in phase.spans]
+                assert (min(counts), max(counts)) == (most[phase.op] - 1, most[phase.op])
+        totals = [sum(item.end - item.begin for item in tape) for tape in sound.tapes]
+        assert max(totals) < 1.0012 * sum(totals) / len(totals)
 
 
 def test_scale() -> None:

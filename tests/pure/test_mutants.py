@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 import pytest
-from programs import conflicts, goes_wrong, program, spec, wait_mutants, with_phase, with_wait
+from programs import conflicts, goes_wrong, program, spec, uneven, wait_mutants, with_deal, with_phase, with_wait
 
 from flashformer.check import findings
 from flashformer.model.spec import QkNorm
@@ -243,27 +244,58 @@ def test_every_other_mutant_is_found(
     assert [name for name, mutant in damaged if not findings(mutant)] == []
 
 
+def unbalanced(mutant: Program) -> list[str]:
+    """What balance says of a Program in which the other rules find nothing."""
+    found = findings(mutant)
+    assert {finding.rule for finding in found} <= {"balance"}
+    return [finding.message for finding in found]
+
+
 def test_one_worker_with_all_tiles_is_found() -> None:
-    """Sound in every other way, so balance alone can see it."""
-    sound = program(spec(d_model=512, d_ff=1024, vocab_size=2000), 4)
-    phases = []
-    for phase in sound.phases:
-        spans = (Span(0, phase.n_units), *[Span(phase.n_units, phase.n_units)] * 3) if phase.matrix else phase.spans
-        phases.append(dataclasses.replace(phase, spans=spans))
-    mutant = dataclasses.replace(sound, phases=tuple(phases), tapes=make_tapes(phases, 4))
-    assert {finding.rule for finding in findings(mutant)} == {"balance"}
+    mutant = program(spec(d_model=512, d_ff=1024, vocab_size=2000), 4)
+    for p, phase in enumerate(mutant.phases):
+        mutant = with_deal(mutant, p, (0, phase.n_units, 0, 0)) if phase.matrix else mutant
+    more = "phase 1 (qkv, layer 0): worker 1 has read 114688 bytes more than worker 0"  # 7 tiles of 16384 bytes
+    assert unbalanced(mutant)[:3] == [
+        "phase 1 (qkv, layer 0): worker 1 reads 114688 bytes, expected at most 32768",
+        f"{more}, which has room, expected at most one tile, 16384",
+        f"{more}, expected at most one tile, 16384",
+    ]
 
 
-def test_one_tile_moved_out_of_balance_is_found() -> None:
-    sound = program(spec(d_model=512, d_ff=1024, vocab_size=2048), 4)
-    for p, phase in enumerate(sound.phases):
-        if not phase.matrix:
+def test_every_moved_tile_is_found_unless_it_is_as_well_there() -> None:
+    verdicts = []
+    for model in (SHAPES["one-layer"], SHAPES["tied"], spec(n_layers=2, d_model=176, d_ff=400, vocab_size=500)):
+        for n_workers in WORKERS[1:]:
+            sound = program(model, n_workers)
+            for p, phase in enumerate(sound.phases):
+                counts = [len(span) for span in phase.spans] if phase.matrix else []
+                for a, b in permutations(range(len(counts)), 2):
+                    if counts[a]:
+                        moved = with_deal(sound, p, [n - (w == a) + (w == b) for w, n in enumerate(counts)])
+                        messages, expected = unbalanced(moved), uneven(moved)
+                        assert bool(messages) == bool(expected), (p, counts, a, b)
+                        assert all(any(f"phase {q} " in message for message in messages) for q in expected)
+                        verdicts.append(bool(expected))
+    assert len(verdicts) > 500
+    assert 0.5 < sum(verdicts) / len(verdicts) < 1
+
+
+def test_what_is_owed_is_not_repaid_in_one_phase() -> None:
+    """Bytes are as level as they can be, but all wait for the worker that has the small tiles of a phase to itself."""
+    mutant = program(spec(n_layers=3, d_model=112, d_ff=1000, vocab_size=500), 5)
+    totals, expected = [0] * 5, []
+    for p, phase in enumerate(mutant.phases):
+        if phase.matrix is None:
             continue
-        lengths = [len(span) for span in phase.spans]
-        if min(lengths) < 3:
-            continue
-        a, b = phase.spans[0], phase.spans[1]  # two tiles change hands: more than any rounding explains
-        spans = (Span(a.begin, a.end + 2), Span(b.begin + 2, b.end), *phase.spans[2:])
-        moved = with_phase(sound, p, spans=spans)
-        mutant = dataclasses.replace(moved, tapes=make_tapes(moved.phases, 4))
-        assert "balance" in {finding.rule for finding in findings(mutant)}, p
+        counts = [0] * 5
+        for _ in range(phase.n_units):
+            least = min(range(5), key=totals.__getitem__)
+            counts[least] += 1
+            totals[least] += phase.matrix.tile_bytes
+        mutant = with_deal(mutant, p, counts)
+        expected += [p] if max(counts) > -(-phase.n_units // 5) else []
+    found = unbalanced(mutant)
+    assert len(expected) > 4
+    assert [int(message.split()[1]) for message in found] == expected
+    assert all(" reads " in message for message in found)

@@ -33,20 +33,26 @@ def cyclic_spans(n_units: int, n_workers: int, rotation: int) -> tuple[Span, ...
 
 
 class Dealer:
-    """Deals whole tiles so that cumulative bytes stay level: what one phase gives too much, the next takes back."""
+    """Deals whole tiles so that both phases and cumulative bytes stay level.
+
+    All wait for who has most tiles of a phase, so nobody gets more than the mean, rounded up. Within that each tile
+    goes to the worker that has read least: what one phase gives too much, the next ones take back.
+    """
 
     def __init__(self, n_workers: int) -> None:
         self.read_bytes = [0] * n_workers  # per worker, over all phases dealt so far
 
     def deal(self, n_tiles: int, tile_bytes: int) -> tuple[Span, ...]:
         n_workers = len(self.read_bytes)
+        most = -(-n_tiles // n_workers)
         heap = [(n_bytes, w) for w, n_bytes in enumerate(self.read_bytes)]
         heapq.heapify(heap)
         counts = [0] * n_workers
         for _ in range(n_tiles):
-            n_bytes, w = heap[0]
+            n_bytes, w = heapq.heappop(heap)
             counts[w] += 1
-            heapq.heapreplace(heap, (n_bytes + tile_bytes, w))
+            if counts[w] < most:
+                heapq.heappush(heap, (n_bytes + tile_bytes, w))
         spans, begin = [], 0
         for w, count in enumerate(counts):
             spans.append(Span(begin, begin + count))
