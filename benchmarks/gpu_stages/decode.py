@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 
 from flashformer.backends.base import Kernel, Want
 from flashformer.backends.cuda.kernel import FAILED, CudaKernel
+from flashformer.backends.cuda.launch import error_of
 from flashformer.backends.rows import read_rows
 
 F32Array = NDArray[np.float32]
+Errors = tuple[type[Exception], ...]
 
 
 def ask(kernel: Kernel, row: int, ids: Any, pos: int, slot: int, want: Want = Want.LOGITS) -> None:
@@ -48,7 +51,9 @@ def relative_error(found: F32Array, expected: F32Array) -> float:
 
 
 def run_phases(kernel: CudaKernel, n_rows: int, n_phases: int) -> None:
-    """A forward of rows that are filled already, in one launch, that ends behind its first phases."""
+    """A forward of rows that are filled already, in one launch, that ends behind its first phases. Raises as `forward`
+    does.
+    """
     _filled(kernel, n_rows)
     kernel._launch["n_phases"] = n_phases
     kernel._start(kernel._launch)
@@ -56,10 +61,10 @@ def run_phases(kernel: CudaKernel, n_rows: int, n_phases: int) -> None:
     _require_sound(kernel)
 
 
-def device_seconds(kernel: CudaKernel, n_rows: int, launches: int, repeats: int) -> list[float]:
+def device_seconds(kernel: CudaKernel, n_rows: int, launches: int, repeats: int, tolerated: Errors = ()) -> list[float]:
     """Per forward of rows that are filled already, `launches` of them queued one behind another: time on the GPU.
 
-    Each computes the same tokens at the same positions again.
+    Each computes the same tokens at the same positions again. Raises as `forward` does, but what is tolerated.
     """
     _filled(kernel, n_rows)
 
@@ -68,7 +73,8 @@ def device_seconds(kernel: CudaKernel, n_rows: int, launches: int, repeats: int)
             kernel._start(kernel._launch)
 
     times = [kernel._gpu.seconds(queue) / launches for _ in range(1 + repeats)][1:]
-    _require_sound(kernel)
+    with suppress(*tolerated):
+        _require_sound(kernel)
     return times
 
 
@@ -83,7 +89,7 @@ def _filled(kernel: CudaKernel, n_rows: int) -> None:
 
 def _require_sound(kernel: CudaKernel) -> None:
     if kernel._results[0, FAILED]:
-        kernel._fail()
+        raise error_of(kernel.program, kernel._read_report())
 
 
 def wall_seconds(kernel: Kernel, n_rows: int, repeats: int) -> float:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -57,14 +58,16 @@ def source(name: str, capability: tuple[int, int], specialization: Source | None
 
 class Compiler:
     """Source -> cubin. What is known early is compiled ahead in other processes, as NVRTC compiles one after another;
-    a compile that fails does so when its cubin is asked for.
+    a compile that fails does so when its cubin is asked for. It may be asked by several threads at once, as a kernel
+    loads all of its cubins: the record, which is not made for that, is theirs one after another.
     """
 
     def __init__(self, record: Record) -> None:
         self._record = record
         self._pool: ProcessPoolExecutor | None = None
         self._begun: dict[Source, Future[bytes]] = {}
-        self._resources: dict[str, dict[str, int]] = {}
+        self._noting = Lock()
+        self._resources: dict[str, dict[str, int]] = record.document()["results"].get("kernels", {})
 
     def __enter__(self) -> Compiler:
         return self
@@ -94,19 +97,19 @@ class Compiler:
         """Registers, stack and code of a whole kernel, by what it was made for."""
         constants = dict(CONSTANT.findall(dict(one.headers).get(SPECIALIZATION, "")))
         name = " ".join([*(f"{what}={constants.get(what)}" for what in NAMED), key(one)[:8]])
-        with suppress(ValueError):  # not a whole kernel
+        with self._noting, suppress(ValueError):  # not a whole kernel
             self._resources[name] = asdict(resources(cubin, ENTRY))
             self._record.result("kernels", self._resources)
 
 
 @contextmanager
-def failing(record: Record, name: str) -> Iterator[None]:
-    """What goes wrong inside is a failed check `name`, and the stage goes on; without a context it cannot."""
+def failing(record: Record, name: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """An error of that kind inside is a failed check `name`, and the stage goes on; without a context it cannot."""
     try:
         yield
     except OutOfTimeError:
         raise
-    except Exception as error:
+    except kind as error:
         note_failure(record, name, error)
         if is_lost(error):
             raise

@@ -15,18 +15,18 @@ from flashformer.backends.base import Want
 from flashformer.backends.cuda.kernel import CudaKernel
 from flashformer.check import CheckedProgram
 from flashformer.checkpoint.tensor import Tensor
-from flashformer.errors import DeviceError
+from flashformer.errors import DeviceError, FlashformerError, NumericalError
 from flashformer.program.ir import Program
 
 from . import torch_model
 from .compare import Comparison, compare
 from .decode import F32Array, ask, device_seconds, relative_error, wall_seconds
-from .device import Compiler, spec_gb_s
+from .device import Compiler, failing, spec_gb_s
 from .models import Kind
 from .record import Clock, Record, spread
 from .stream import Read, Reader
 from .target import ROWS
-from .trace import trace_hang, traced
+from .trace import traced, tracing_hangs
 from .watch import WatchedGpu, context_lost, watch
 
 DEVICE = "cuda"
@@ -75,10 +75,8 @@ def run_kind(record: Record, clock: Clock, kind: Kind, compiler: Compiler) -> No
     watch(model.kernel)
     try:
         clock.require(f"logits of {kind.name}", 2)
-        _run_model(record, clock, model, compiler)
-    except DeviceError as error:
-        trace_hang(record, kind.name, model.kernel, error)
-        raise
+        with tracing_hangs(record, kind.name, model.kernel):
+            _run_model(record, clock, model, compiler)
     finally:
         model.kernel.close()
         del model
@@ -90,7 +88,7 @@ def _run_model(record: Record, clock: Clock, model: Model, compiler: Compiler) -
     kind = model.kind
     right = _first_logits(record, model)
     record.now(f"what reading takes, {kind.name}")
-    ceilings = _ceilings(model, compiler)
+    ceilings = _ceilings(record, model, compiler)
     if not right:
         _unchecked(record, model, kind.name, ceilings)
         return
@@ -100,20 +98,23 @@ def _run_model(record: Record, clock: Clock, model: Model, compiler: Compiler) -
         clock.require(f"{kind.name} at {context}", 2 + context / 1000)
         _at_context(record, clock, model, context, max(ceilings.values()))
     if kind.trace:
-        clock.require(f"trace of {kind.name}", 5)
-        record.now(f"trace of {kind.name}")
-        record.result(f"trace of {kind.name}", traced(model.kernel))
+        name = f"trace of {kind.name}"
+        clock.require(name, 5)
+        record.now(name)
+        with failing(record, name, NumericalError):
+            record.result(name, traced(model.kernel))
 
 
 def _unchecked(record: Record, model: Model, name: str, read_gb_s: dict[str, float]) -> None:
-    """Of one row whose logits are wrong: what it would take if it were right, which is no speed."""
+    """Of one row where logits are wrong, NaN too: what it would take if it were right, which is no speed."""
     name = f"UNCHECKED {name}"
     record.now(name)
     model.kernel.rows.want[0] = Want.TOKEN
-    us = [t * 1e6 for t in device_seconds(model.kernel, 1, LAUNCHES, REPEATS)]
+    tolerated = (NumericalError,)
+    us = [t * 1e6 for t in device_seconds(model.kernel, 1, LAUNCHES, REPEATS, tolerated)]
     n_bytes = weight_bytes(model.program)
     found = {"us": spread(us), "weight_bytes": n_bytes, "gb_s": n_bytes / median(us) / 1e3, "read_gb_s": read_gb_s}
-    record.result(name, found | ({"trace": traced(model.kernel)} if model.kind.trace else {}))
+    record.result(name, found | ({"trace": traced(model.kernel, tolerated)} if model.kind.trace else {}))
     model.kernel.forget_times()
 
 
@@ -153,34 +154,34 @@ def _made(record: Record, kind: Kind, compiler: Compiler) -> Model:
 
 
 def _first_logits(record: Record, model: Model) -> bool:
-    """Of the first context in forwards of 16 rows, and of a few tokens behind it one by one: two checks."""
-    first, name = model.kind.contexts[0], f"{model.kind.name}: logits of {ROWS} rows"
+    """Of the first context in forwards of 16 rows, and of a few tokens behind it one by one: two checks.
+
+    Where the first fails, forwards of one row compute the context anew, so that theirs does not fail with it.
+    """
+    first = model.kind.contexts[0]
+    right = _right(record, model, f"{model.kind.name}: logits of {ROWS} rows", (0, first, ROWS))
+    return _right(record, model, model.check_name, (first if right else 0, first + ALONE, 1)) and right
+
+
+def _right(record: Record, model: Model, name: str, *parts: tuple[int, int, int]) -> bool:
+    """The check of that name, of positions (begin, end, rows at a time); with all that is known of wrong ones."""
     record.now(name)
-    right = _check(record, model, name, _fill(model, 0, first))
-    record.now(model.check_name)
-    alone = []
-    for pos in range(first, first + ALONE):
-        ask(model.kernel, 0, model.ids[pos : pos + 1], pos, 0)
-        model.kernel.forward(1)
-        alone.append(model.compare(0, pos))
-    return _check(record, model, model.check_name, alone) and right
-
-
-def _check(record: Record, model: Model, name: str, found: list[Comparison]) -> bool:
-    """With all that is known of the positions that are wrong."""
-    worst = max(found, key=lambda one: one.error)
-    detail = f"{worst.text}, allowed {model.allowed:.2e}, {len(found)} positions"
-    if record.check(name, worst.error <= model.allowed, detail):
-        return True
-    record.result(name, [one.facts() for one in found])
+    with failing(record, name, FlashformerError):
+        with tracing_hangs(record, name, model.kernel):
+            found = [one for part in parts for one in _fill(model, *part)]
+        worst = max(found, key=lambda one: one.error)
+        detail = f"{worst.text}, allowed {model.allowed:.2e}, {len(found)} positions"
+        if record.check(name, worst.error <= model.allowed, detail):
+            return True
+        record.result(name, [one.facts() for one in found])
     return False
 
 
-def _fill(model: Model, begin: int, end: int) -> list[Comparison]:
-    """Positions [begin, end) of slot 0, 16 rows at a time; of each that is compared, how it does."""
+def _fill(model: Model, begin: int, end: int, rows: int) -> list[Comparison]:
+    """Positions [begin, end) of slot 0, so many rows at a time; of each that is compared, how it does."""
     found = []
-    for at in range(begin, end, ROWS):
-        part = model.ids[at : min(at + ROWS, end)]
+    for at in range(begin, end, rows):
+        part = model.ids[at : min(at + rows, end)]
         ask(model.kernel, 0, part, at, 0, Want.NOTHING)
         compared = [at + i for i in range(len(part)) if at + i in model.expected]
         for pos in compared:
@@ -193,10 +194,17 @@ def _fill(model: Model, begin: int, end: int) -> list[Comparison]:
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
 
-def _ceilings(model: Model, compiler: Compiler) -> dict[str, float]:
-    """GB/s of plain loads and of rings of bulk copies over the same packed weights; the best is the ceiling."""
+def _ceilings(record: Record, model: Model, compiler: Compiler) -> dict[str, float]:
+    """GB/s of plain loads and of rings of bulk copies over the same packed weights; the best is the ceiling.
+
+    A ring that is wrong has a failed check.
+    """
     reader = Reader(model.kernel._gpu, compiler, model.region.data_ptr(), model.program.packed_bytes, None)
-    found = {f"ring {r.slot_bytes >> 10} KB x {r.n_slots}": reader.gb_s(r) for r in RINGS}
+    found = {}
+    for read in RINGS:
+        name = f"ring {read.slot_bytes >> 10} KB x {read.n_slots}"
+        with failing(record, f"{model.kind.name} read: {name}", DeviceError):
+            found[name] = reader.gb_s(read)
     if (plain := model.kernel.probe_weights()) is not None:
         found["plain loads"] = plain
     return found
@@ -217,28 +225,24 @@ def _at_context(record: Record, clock: Clock, model: Model, context: int, ceilin
     """One new token behind `context` cached ones: of slot 0, whose keys are there; the other slots hold zeros."""
     name = f"{model.kind.name}, {context} cached"
     begin = 0 if context == model.kind.contexts[0] else _before(model, context)
-    record.now(name)
-    found = _fill(model, begin, context)
-    ask(model.kernel, 0, model.ids[context : context + 1], context, 0)
-    model.kernel.forward(1)
-    alone = model.kernel.logits[:1].copy()
-    if not _check(record, model, f"{name}: logits", [*found, model.compare(0, context)]):
+    if not _right(record, model, f"{name}: logits", (begin, context, ROWS), (context, context + 1, 1)):
         _unchecked(record, model, name, {"best": ceiling})
         return
-    one_row = 0.0
+    alone, one_row = model.kernel.logits[:1].copy(), 0.0
     for rows in model.kind.rows:
         clock.require(f"{name}, {rows} rows", 2)
         record.now(f"{name}, {rows} rows")
         check_name = f"{name}, {rows} rows: same bits as one row"
-        for row in range(rows):
-            ask(model.kernel, row, model.ids[context : context + 1], context, row)
-        model.kernel.forward(rows)
-        same = compare(model.kernel.logits[:1].copy(), alone, [context])
-        if not record.check(check_name, not same.n_unequal, f"slot 0 among {rows}: {same.bits}"):
-            record.result(check_name, same.facts())
-            continue
-        model.kernel.rows.want[:rows] = Want.TOKEN
-        one_row = _speed(record, model, name, context, rows, ceiling, check_name, one_row)
+        with failing(record, check_name, NumericalError):
+            for row in range(rows):
+                ask(model.kernel, row, model.ids[context : context + 1], context, row)
+            model.kernel.forward(rows)
+            same = compare(model.kernel.logits[:1].copy(), alone, [context])
+            if not record.check(check_name, not same.n_unequal, f"slot 0 among {rows}: {same.bits}"):
+                record.result(check_name, same.facts())
+                continue
+            model.kernel.rows.want[:rows] = Want.TOKEN
+            one_row = _speed(record, model, name, context, rows, ceiling, check_name, one_row)
 
 
 def _before(model: Model, context: int) -> int:

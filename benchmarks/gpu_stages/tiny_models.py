@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
@@ -23,18 +23,18 @@ from flashformer.backends.cuda.nvrtc import Source, source_of
 from flashformer.backends.cuda.specialize import DeviceFacts, row_counts, specialize
 from flashformer.backends.reference.kernel import ReferenceKernel
 from flashformer.check import CheckedProgram, check
-from flashformer.errors import DeviceError
+from flashformer.errors import NumericalError
 from flashformer.formats import BF16, F16, F32, QUANTS, Format
 from flashformer.program import Target, build
 
 from .bisect import first_wrong_phase
 from .compare import Comparison, compare
 from .decode import F32Array, ask, prompt_logits, relative_error
-from .device import Compiler, failing, host_cores, note_clocks, open_gpu
+from .device import Compiler, failing, host_cores, note_clocks, note_failure, open_gpu
 from .families import MODELS, Tiny, tiny
 from .record import Clock, OutOfTimeError, Record
 from .target import cuda_target
-from .trace import trace_hang
+from .trace import tracing_hangs
 from .watch import WatchedGpu, watch
 
 CTX, PROMPT = 320, 277  # positions: over the border of a chunk of 256 keys
@@ -94,22 +94,31 @@ def run(record: Record, clock: Clock) -> None:
             oracles, programs = {}, {}
             for case in record.left(cases()):
                 clock.require("making Programs", 10)
-                oracles[case] = pool.submit(oracle, case, seed)
-                programs[case] = case.checked(tiny(case.model, seed), gpu.info.facts)
-                compiler.prepare(case.kernels(programs[case], gpu.info.facts))
+                with failing(record, f"{case.name}: is made"):
+                    oracles[case] = pool.submit(oracle, case, seed)
+                    programs[case] = case.checked(tiny(case.model, seed), gpu.info.facts)
+                    compiler.prepare(case.kernels(programs[case], gpu.info.facts))
             for case in record.units(cases(), lambda case: case.name):
                 clock.require(f"case {case.name}", 2)
-                exact, allowed = oracles[case].result(timeout=max(clock.left_s, 0.1))
                 with failing(record, f"{case.name}: runs"):
+                    exact, allowed = _answer(oracles[case], clock)
                     model = tiny(case.model, seed)
                     CaseRun(record, case, model, exact, allowed).run(programs[case], compiler)
                 done += 1
             note_clocks(record, "clocks_after")
-    except (OutOfTimeError, TimeoutError) as reached:
+    except OutOfTimeError as reached:
         raise OutOfTimeError(f"{reached}; {done} cases done") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         gpu.close()
+
+
+def _answer(begun: Future[tuple[F32Array, float]], clock: Clock) -> tuple[F32Array, float]:
+    """Of an oracle. Raises what went wrong there, OutOfTimeError while it is not known."""
+    try:
+        return begun.result(timeout=max(clock.left_s, 0.1))
+    except TimeoutError:
+        raise OutOfTimeError("waiting for NumPy") from None
 
 
 def compared() -> NDArray[np.int64]:
@@ -136,73 +145,79 @@ class CaseRun:
         kernel = CudaKernel(checked, self.model.weights, gpu=WatchedGpu(), compiler=compiler, n_threads=host_cores())
         watch(kernel)
         try:
-            first = self._every_cut(kernel, ids)
-            self._beside(kernel, ids, first)
-            self._reruns(kernel, ids, first)
-        except DeviceError as error:
-            trace_hang(self.record, self.name, kernel, error)
-            raise
+            with tracing_hangs(self.record, self.name, kernel):
+                self._checks(kernel, ids)
         finally:
             kernel.close()
 
+    def _checks(self, kernel: CudaKernel, ids: NDArray[np.int32]) -> None:
+        first = self._every_cut(kernel, ids)
+        if not len(first):
+            self.record.skip(f"{self.name}: the same bits again, as no forwards gave any")
+            return
+        self._same("beside other slots", self._beside(kernel, ids, first))
+        self._same(f"{RERUNS} times", self._reruns(kernel, ids, first))
+
     def _every_cut(self, kernel: CudaKernel, ids: NDArray[np.int32]) -> F32Array:
-        """The logits of each, and the same bits as in the first, which are returned."""
+        """The logits of each, and the same bits as in the first that has any, which are returned; empty if none has."""
         first = np.empty(0, np.float32)
         for cut in CUTS:
             slot, name = (cut % STREAMS if len(first) else SLOT), f"{self.name}: logits in forwards of {cut}"
             self.record.now(name)
-            found = prompt_logits(kernel, ids, cut, slot)
+            try:
+                found = prompt_logits(kernel, ids, cut, slot)
+            except NumericalError as error:
+                note_failure(self.record, name, error)
+                self._bisect(kernel, ids, cut, slot, int(kernel.rows.pos[0]))
+                continue
             one = compare(found[compared()], self.exact, compared(), self.allowed)
             if not self.record.check(name, one.error <= self.allowed, f"{one.text}, allowed {self.allowed:.2e}"):
                 self.record.result(name, one.facts())
-                self._bisect(kernel, ids, cut, slot, one)
+                if one.first_above is not None:
+                    self._bisect(kernel, ids, cut, slot, one.first_above // cut * cut)
             if len(first):
                 self._same(f"in forwards of {cut}", [compare(found, first, np.arange(PROMPT))])
             else:
                 first = found
         return first
 
-    def _bisect(self, kernel: CudaKernel, ids: NDArray[np.int32], cut: int, slot: int, one: Comparison) -> None:
-        """Of the first forward that was wrong."""
+    def _bisect(self, kernel: CudaKernel, ids: NDArray[np.int32], cut: int, slot: int, begin: int) -> None:
+        """Of the forward from position `begin` on, the first that was wrong."""
         what, where = "first wrong phase of ", f"{self.name} in forwards of {cut}"
         done = [name for name in self.record.document()["results"] if name.startswith(what)]
-        if len(done) < BISECTED and one.first_above is not None:
+        if len(done) < BISECTED:
             self.record.now(f"bisecting {where}")
-            begin = one.first_above // cut * cut
             reference = ReferenceKernel(check(build(self.model.spec, plain(self.case))), self.model.weights)
             end = min(begin + cut, PROMPT)
             with failing(self.record, f"bisecting {where}"):
                 found = first_wrong_phase(kernel, reference, ids, begin, end, slot)
                 self.record.result(what + where, {"positions": [begin, end], **found})
 
-    def _same(self, how: str, found: list[Comparison]) -> None:
-        """All of them are of the same bits."""
-        differ = [one for one in found if one.n_unequal]
-        detail = f"{len(differ)} of {len(found)} differ: {differ[0].bits}" if differ else f"{len(found)} times"
+    def _same(self, how: str, comparisons: Iterable[Comparison]) -> None:
+        """All of them, which may be made on the way, are of the same bits."""
         name = f"{self.name}: same bits {how}"
-        if not self.record.check(name, not differ, detail):
-            self.record.result(name, differ[0].facts())
+        self.record.now(name)
+        with failing(self.record, name, NumericalError):
+            found = list(comparisons)
+            differ = [one for one in found if one.n_unequal]
+            detail = f"{len(differ)} of {len(found)} differ: {differ[0].bits}" if differ else f"{len(found)} times"
+            if not self.record.check(name, not differ, detail):
+                self.record.result(name, differ[0].facts())
 
-    def _beside(self, kernel: CudaKernel, ids: NDArray[np.int32], expected: F32Array) -> None:
+    def _beside(self, kernel: CudaKernel, ids: NDArray[np.int32], expected: F32Array) -> Iterator[Comparison]:
         """The last token in SLOT again, with the slots after it at other positions in the same forward."""
-        self.record.now(f"{self.name} beside other slots")
-        found = []
         for n in (2, 5, 8, 16):
             for row in range(n):  # slots hold different prefixes of the prompt, or zeros: nobody looks at them
                 slot, pos = (SLOT + row) % STREAMS, PROMPT - 1 - 7 * row
                 ask(kernel, row, ids[pos : pos + 1], pos, slot)
             kernel.forward(n)
-            found.append(compare(kernel.logits[:1].copy(), expected[-1:], [PROMPT - 1]))
-        self._same("beside other slots", found)
+            yield compare(kernel.logits[:1].copy(), expected[-1:], [PROMPT - 1])
 
-    def _reruns(self, kernel: CudaKernel, ids: NDArray[np.int32], expected: F32Array) -> None:
-        self.record.now(f"{self.name} {RERUNS} times")
-        found = []
+    def _reruns(self, kernel: CudaKernel, ids: NDArray[np.int32], expected: F32Array) -> Iterator[Comparison]:
         for _ in range(RERUNS):
             ask(kernel, 0, ids[-5:], PROMPT - 5, SLOT)
             kernel.forward(5)
-            found.append(compare(kernel.logits[:5].copy(), expected[-5:], np.arange(PROMPT - 5, PROMPT)))
-        self._same(f"{RERUNS} times", found)
+            yield compare(kernel.logits[:5].copy(), expected[-5:], np.arange(PROMPT - 5, PROMPT))
 
 
 def _prompt(case: Case, model: Tiny) -> NDArray[np.int32]:

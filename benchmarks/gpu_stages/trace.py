@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from flashformer.backends.cuda.kernel import CudaKernel
 from flashformer.errors import DeviceError, NumericalError
 from flashformer.program.ir import Program
 
+from .decode import Errors
+from .device import failing, is_lost
 from .record import Record
 from .watch import context_lost, watch
 
@@ -20,12 +23,16 @@ RUNS = 12
 TRACED_HANGS = 2  # of a stage at most: each takes a wait to its limit
 
 
-def traced(kernel: CudaKernel) -> dict[str, Any]:
-    """The fastest of a few forwards of the row that is there: us per kind of phase, over its layers."""
+def traced(kernel: CudaKernel, tolerated: Errors = ()) -> dict[str, Any]:
+    """The fastest of a few forwards of the row that is there: us per kind of phase, over its layers.
+
+    Raises as `forward` does, but what is tolerated.
+    """
     kernel.keep_times()
     best: Times | None = None
     for _ in range(RUNS):
-        kernel.forward(1)
+        with suppress(*tolerated):
+            kernel.forward(1)
         times = kernel.times()
         if best is None or times.end - times.begin < best.end - best.begin:
             best = times
@@ -52,19 +59,36 @@ def phase_table(program: Program, times: Times) -> dict[str, Any]:
     return {"forward_us": (times.end - times.begin) / 1e3, "ops": {op: dict(row) for op, row in sums.items()}}
 
 
+@contextmanager
+def tracing_hangs(record: Record, name: str, kernel: CudaKernel) -> Iterator[None]:
+    """Of a wait in vain inside, the results say where blocks were, before it goes on as the error that it is."""
+    try:
+        yield
+    except DeviceError as error:
+        trace_hang(record, name, kernel, error)
+        raise
+
+
 def trace_hang(record: Record, name: str, kernel: CudaKernel, error: DeviceError) -> None:
-    """After a wait in vain: the same forward once more, by a kernel that notes times."""
+    """After a wait in vain: the same forward once more, by a kernel that notes times. Raises where that loses the
+    context; what else goes wrong is a failed check.
+    """
     done = [result for result in record.document()["results"] if result.startswith("stuck in ")]
     if context_lost() or "waited in vain" not in str(error) or len(done) >= TRACED_HANGS:
         return
-    record.now(f"{name}: once more with times, after a wait in vain")
-    kernel.keep_times()
-    watch(kernel)
-    kernel._gpu.zero(kernel._times_at, kernel._times.nbytes)
-    with suppress(DeviceError, NumericalError):
-        kernel.forward(int(kernel._launch["n_rows"][0]))
-    if not context_lost():
+    what = f"{name}: once more with times, after a wait in vain"
+    record.now(what)
+    with failing(record, what):
+        kernel.keep_times()
+        watch(kernel)
+        kernel._gpu.zero(kernel._times_at, kernel._times.nbytes)
+        try:
+            kernel.forward(int(kernel._launch["n_rows"][0]))
+        except (DeviceError, NumericalError) as again:
+            if is_lost(again):
+                raise
         record.result(f"stuck in {name}", stuck(kernel.program, kernel.times()))
+        kernel.forget_times()
 
 
 def stuck(program: Program, times: Times) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from gpu_on_host.host_gpu import HostGpu, compiler
 from gpu_on_host.one_forward import one_kernel, run
 from gpu_on_host.simulator import Mode
 from gpu_on_host.whole import SHARED_BYTES, gpu_of
+from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -31,7 +32,7 @@ from flashformer.backends.cuda.specialize import DeviceFacts
 from flashformer.backends.reference import ReferenceKernel
 from flashformer.check import CheckedProgram, check
 from flashformer.checkpoint import Tensor
-from flashformer.errors import DeviceError
+from flashformer.errors import DeviceError, NumericalError
 from flashformer.formats import BF16, from_f32, to_f32
 from flashformer.program import build
 from flashformer.program.records import rope_begin
@@ -90,18 +91,21 @@ def test_buffers_of_merged_chunks_and_of_branches_agree() -> None:
     assert found == {}
 
 
-@pytest.mark.parametrize("wrong", [{}, {"layers.0.gate": negated}])
-def test_a_case_of_the_stage(
-    wrong: dict[str, Callable[[Tensor], Tensor]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """All of its checks; of a kernel with another matrix than NumPy, which phase reads it."""
-    case, model = tiny_models.Case(MISTRAL, BF16), tiny(MISTRAL, 7)
+Changes = dict[str, Callable[[Tensor], Tensor]]  # of weights, by role
+CASE = tiny_models.Case(MISTRAL, BF16)
+
+
+def run_case(
+    wrong: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: type[CudaKernel] = CudaKernel
+) -> tuple[dict[str, Any], NDArray[np.float32]]:
+    """What the record has of CASE, whose kernel has other weights than NumPy, and the logits of NumPy."""
+    case, model = CASE, tiny(MISTRAL, 7)
     checked = case.checked(model, FACTS)
 
     def kernel(checked: CheckedProgram, weights: Mapping[str, Tensor], **options: Any) -> CudaKernel:
         changed = {role: change(weights[role]) for role, change in wrong.items()}
         gpu = HostGpu(facts=FACTS, rope_begin=rope_begin(checked.program))
-        return CudaKernel(checked, {**weights, **changed}, **(options | {"gpu": gpu}))
+        return kind(checked, {**weights, **changed}, **(options | {"gpu": gpu}))
 
     monkeypatch.setattr(tiny_models, "CudaKernel", kernel)
     monkeypatch.setattr(tiny_models, "WatchedGpu", lambda: None)
@@ -110,9 +114,20 @@ def test_a_case_of_the_stage(
     path = tmp_path / "gpu-2-some.json"
     exact, allowed = tiny_models.oracle(case, 7)
     tiny_models.CaseRun(Record(2, "some", path), case, model, exact, allowed).run(checked, compiler)  # type: ignore[arg-type]
-    document = json.loads(path.read_text())
+    document: dict[str, Any] = json.loads(path.read_text())
     assert problems(document) == []
-    assert {c["name"].partition(": ")[2]: c["passed"] for c in document["checks"]} == {
+    return document, exact
+
+
+def checks_of(document: dict[str, Any]) -> dict[str, bool]:
+    return {c["name"].partition(": ")[2]: c["passed"] for c in document["checks"]}
+
+
+@pytest.mark.parametrize("wrong", [{}, {"layers.0.gate": negated}])
+def test_a_case_of_the_stage(wrong: Changes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All of its checks; of a kernel with another matrix than NumPy, which phase reads it."""
+    document, exact = run_case(wrong, monkeypatch, tmp_path)
+    assert checks_of(document) == {
         "logits in forwards of 16": not wrong,
         "logits in forwards of 1": not wrong,
         "same bits in forwards of 1": True,
@@ -122,10 +137,58 @@ def test_a_case_of_the_stage(
     results = document["results"]
     assert len(results) == (4 if wrong else 0)
     for cut in (16, 1) if wrong else ():
-        found = results[f"first wrong phase of {case.name} in forwards of {cut}"]
+        found = results[f"first wrong phase of {CASE.name} in forwards of {cut}"]
         assert (found["op"], found["layer"], found["positions"]) == ("gate_up", 0, [0, cut])
-        worst = results[f"{case.name}: logits in forwards of {cut}"]["worst"]
+        worst = results[f"{CASE.name}: logits in forwards of {cut}"]["worst"]
         assert exact[list(tiny_models.compared()).index(worst["position"]), worst["token"]] == worst["expected"]
+
+
+def huge_in_row(row: int) -> Callable[[Tensor], Tensor]:
+    def change(one: Tensor) -> Tensor:
+        values = to_f32(one.data, BF16)
+        values[row] = 3e38  # whose squares are not finite; NaN is not loaded
+        return Tensor(one.name, BF16, from_f32(values, BF16))
+
+    return change
+
+
+LATE = 50  # a position of the prompt whose token is nowhere before it
+
+
+@pytest.mark.parametrize(("role", "op", "begins"), [("layers.0.o", "o_proj", (0, 0)), ("embed", "embed", (48, 50))])
+def test_nan_in_every_cut(
+    role: str, op: str, begins: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each has a check and is searched, from the forward on that it appeared in."""
+    ids = tiny_models._prompt(CASE, tiny(MISTRAL, 7))
+    assert ids[LATE] not in ids[:LATE]
+    document, _ = run_case({role: huge_in_row(ids[LATE] if role == "embed" else 0)}, monkeypatch, tmp_path)
+    assert checks_of(document) == {"logits in forwards of 16": False, "logits in forwards of 1": False}
+    assert all("NumericalError: NaN or Inf" in c["detail"] for c in document["checks"])
+    for cut, begin in zip((16, 1), begins, strict=True):
+        found = document["results"][f"first wrong phase of {CASE.name} in forwards of {cut}"]
+        assert (found["op"], found["positions"]) == (op, [begin, begin + cut])
+    assert len(document["skipped"]) == 1
+
+
+class NanInMany(CudaKernel):
+    """Right in forwards of less than 16 rows."""
+
+    def forward(self, n_rows: int, again: tuple[int, ...] | None = None) -> None:
+        super().forward(n_rows, again)
+        if n_rows == 16:
+            raise NumericalError("NaN", 0)
+
+
+def test_nan_in_the_first_cut_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    document, _ = run_case({}, monkeypatch, tmp_path, NanInMany)
+    assert checks_of(document) == {
+        "logits in forwards of 16": False,
+        "logits in forwards of 1": True,
+        "same bits beside other slots": False,
+        "same bits 2 times": True,
+    }
+    assert document["results"][f"first wrong phase of {CASE.name} in forwards of 16"] == {"positions": [0, 16]}
 
 
 def test_where_blocks_were_after_a_wait_in_vain(tmp_path: Path) -> None:

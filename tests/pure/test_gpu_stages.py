@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ from gpu_stages.record import Clock, Record, problems
 from gpu_stages.target import cuda_target
 
 from flashformer.backends.base import Times
+from flashformer.backends.cuda.launch import FIRST_PLACE, FLAG, REPORT_WORDS
 from flashformer.backends.cuda.nvrtc import Source
 from flashformer.backends.cuda.specialize import refusals
+from flashformer.errors import DeviceError
 from flashformer.formats import QUANTS
 from flashformer.model.outline import read_outline
 from flashformer.model.spec import ModelSpec
@@ -112,12 +115,15 @@ class SmallKind(Kind):
         return replace(base, d_model=256, vocab_size=16384, layers=(layer,))
 
 
-@pytest.mark.parametrize("off_by", [0.0, 0.3])
-def test_a_model_from_its_weights_to_its_speeds(off_by: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The logits of the launches are the oracle's, times 1 - off_by."""
+Factor = Callable[[np.void], float]  # what a launch multiplies the logits of the oracle by
+KIND = SmallKind("llama-3.2-1b", None, 2, (32, 48), (1, 2), trace=True)
+BEFORE = [0, 1, 7, 15, 16, 31]  # positions before the first context that are compared
+
+
+def run_small(factor: Factor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What the record has of KIND. A launch whose logits are NaN reports that, and for Inf a wait in vain."""
     answers: dict[int, np.ndarray] = {}  # type: ignore[type-arg]
-    kind = SmallKind("llama-3.2-1b", None, 2, (32, 48), (1, 2), trace=True)
-    program = build(kind.spec, cuda_target(H100.n_sm, streams=kind.streams, ctx=kind.ctx))
+    program = build(KIND.spec, cuda_target(H100.n_sm, streams=KIND.streams, ctx=KIND.ctx))
     place = next(b for b in program.memory.buffers if b.space is Space.LOGITS)
     oracle = torch_model.logits
 
@@ -132,7 +138,11 @@ def test_a_model_from_its_weights_to_its_speeds(off_by: float, monkeypatch: pyte
     def run(gpu: FakeGpu, launch: np.void) -> None:
         for i, row in enumerate(launch["head_row"][: launch["n_head_rows"]]):
             at = int(launch["work"]) + place.offset + 4 * i * place.shape[1]
-            gpu.read_now(at, np.float32, kind.spec.vocab_size)[:] = answers[int(launch["pos"][row])] * (1 - off_by)
+            gpu.read_now(at, np.float32, KIND.spec.vocab_size)[:] = answers[int(launch["pos"][row])] * factor(launch)
+        if not np.isfinite(factor(launch)):
+            report = gpu.read_now(int(launch["report"]), np.uint32, REPORT_WORDS + 1)
+            report[FLAG if np.isinf(factor(launch)) else REPORT_WORDS] = FIRST_PLACE + 1
+            gpu.pinned_at(int(launch["failed"]), np.uint32, 1)[:] = 1
 
     monkeypatch.setattr(torch_model, "logits", logits)
     monkeypatch.setattr(one_model, "DEVICE", "cpu")
@@ -140,29 +150,101 @@ def test_a_model_from_its_weights_to_its_speeds(off_by: float, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     path = tmp_path / "gpu-3-some.json"
     one = Record(3, "some", path)
-    one_model.run_kind(one, Clock(100), kind, NoCompiler())  # type: ignore[arg-type]
-    document = json.loads(path.read_text())
+    one_model.run_kind(one, Clock(100), KIND, NoCompiler())  # type: ignore[arg-type]
+    document: dict[str, Any] = json.loads(path.read_text())
     assert problems(document) == []
-    speeds = [s["name"] for s in document["speeds"]]
-    if off_by:
-        assert {c["name"]: c["passed"] for c in document["checks"]} == {
-            "3.2-1b bf16: logits of 16 rows": False,
-            "3.2-1b bf16: logits of one row": False,
-        }
-        assert speeds == []
-        unchecked = document["results"]["UNCHECKED 3.2-1b bf16"]
-        assert unchecked["us"]["median"] > 0
-        assert unchecked["trace"]["ops"].keys() == {op.value for op in Op}
-        facts = document["results"]["3.2-1b bf16: logits of one row"]
-        assert [one["worst"]["position"] for one in facts] == [32, 33, 34, 35]
-        assert all(one["worst"]["found"] == pytest.approx(0.7 * one["worst"]["expected"]) for one in facts)
-        return
+    return document
+
+
+def checks_of(document: dict[str, Any]) -> dict[str, bool]:
+    return {c["name"].replace("3.2-1b bf16", "it"): c["passed"] for c in document["checks"]}
+
+
+def assert_timed(unchecked: dict[str, Any]) -> None:
+    assert unchecked["us"]["median"] > 0
+    assert max(unchecked["read_gb_s"].values()) > 0
+    assert unchecked["trace"]["ops"].keys() == {op.value for op in Op}
+
+
+def test_a_model_from_its_weights_to_its_speeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    document = run_small(lambda launch: 1.0, monkeypatch, tmp_path)
     assert not any(name.startswith("UNCHECKED") for name in document["results"])
     assert all(c["passed"] for c in document["checks"])
+    speeds = [s["name"] for s in document["speeds"]]
     for context in (32, 48):
         for rows in (1, 2):
             assert f"3.2-1b bf16, {context} cached, {rows} rows" in speeds
     assert document["results"]["trace of 3.2-1b bf16"]["ops"].keys() == {op.value for op in Op}
+
+
+@pytest.mark.parametrize("factor", [0.7, np.nan])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_times_of_wrong_logits_are_no_speeds(
+    factor: float, rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of forwards of at least so many rows: those of one row are right where only those of 16 are wrong."""
+    document = run_small(lambda launch: factor if launch["n_rows"] >= rows else 1.0, monkeypatch, tmp_path)
+    assert checks_of(document) == {"it: logits of 16 rows": False, "it: logits of one row": rows == 16}
+    assert document["speeds"] == []
+    assert_timed(document["results"]["UNCHECKED 3.2-1b bf16"])
+    wrong = {c["name"]: c["detail"] for c in document["checks"] if not c["passed"]}
+    if np.isnan(factor):
+        assert all(detail.startswith("NumericalError: NaN or Inf appeared in") for detail in wrong.values())
+        return
+    for name, positions in (("logits of 16 rows", BEFORE), ("logits of one row", [*BEFORE, 32, 33, 34, 35])):
+        facts = document["results"].get(f"3.2-1b bf16: {name}", [])
+        due = positions if f"3.2-1b bf16: {name}" in wrong else []
+        assert [one["worst"]["position"] for one in facts] == due
+        assert all(one["worst"]["found"] == pytest.approx(0.7 * one["worst"]["expected"]) for one in facts)
+
+
+@pytest.mark.parametrize(
+    ("rows", "failed"),
+    [
+        (1, ["it, 48 cached: logits", "trace of it"]),
+        (2, ["it, 48 cached, 2 rows: same bits as one row", "trace of it"]),
+    ],
+)
+def test_nan_in_one_context_takes_no_other_along(
+    rows: int, failed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In forwards of at least so many rows that begin at position 48, and in the last forwards, which are traced."""
+
+    def factor(launch: np.void) -> float:
+        return np.nan if launch["pos"][0] == 48 and (launch["n_rows"] >= rows or launch["times"]) else 1.0
+
+    document = run_small(factor, monkeypatch, tmp_path)
+    assert [name for name, passed in checks_of(document).items() if not passed] == failed
+    speeds = [s["name"] for s in document["speeds"]]
+    for context, n in ((32, 1), (32, 2), (48, 1), (48, 2)):
+        assert (f"3.2-1b bf16, {context} cached, {n} rows" in speeds) == (context == 32 or n < rows)
+    assert [name for name in document["results"] if name.startswith("UNCHECKED")] == (
+        ["UNCHECKED 3.2-1b bf16, 48 cached"] if rows == 1 else []
+    )
+
+
+def test_a_ring_that_is_wrong_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gb_s = stream.Reader.gb_s
+
+    def one_is_wrong(self: stream.Reader, read: stream.Read) -> float:
+        if read == one_model.RINGS[1]:
+            raise DeviceError("reading by bulk copies: 3 waits in vain")
+        return gb_s(self, read)
+
+    monkeypatch.setattr(stream.Reader, "gb_s", one_is_wrong)
+    document = run_small(lambda launch: 1.0, monkeypatch, tmp_path)
+    assert [name for name, passed in checks_of(document).items() if not passed] == ["it read: ring 32 KB x 6"]
+    speeds = [s["name"] for s in document["speeds"]]
+    assert [name for name in speeds if "read:" in name] == [f"3.2-1b bf16 read: ring 16 KB x {n}" for n in (12, 8)]
+    assert "3.2-1b bf16, 48 cached, 2 rows" in speeds
+
+
+def test_a_wait_in_vain_of_many_rows_leaves_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    document = run_small(lambda launch: np.inf if launch["n_rows"] == 16 else 1.0, monkeypatch, tmp_path)
+    assert checks_of(document) == {"it: logits of 16 rows": False, "it: logits of one row": True}
+    assert "DeviceError: block 0 waited in vain" in document["checks"][0]["detail"]
+    assert "stuck in 3.2-1b bf16: logits of 16 rows" in document["results"]
+    assert_timed(document["results"]["UNCHECKED 3.2-1b bf16"])
 
 
 def bits(elements: torch.Tensor) -> np.ndarray:  # type: ignore[type-arg]
