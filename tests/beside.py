@@ -19,6 +19,7 @@ import pytest
 
 # Beginnings of node ids. Both halves take about the same time; what compiles kernels of one text is in one of them.
 HERE = (
+    "tests/e2e/test_lm_eval.py",
     "tests/gpu_on_host/test_forward",
     "tests/gpu_on_host/test_gpu_stages_bisect.py",
     "tests/gpu_on_host/test_parts.py",
