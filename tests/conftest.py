@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import beside
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -26,6 +27,14 @@ settings.load_profile("default")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the tests marked long")
+    parser.addoption("--alone", action="store_true", help="no second process runs tests beside this one")
+    parser.addoption("--outcomes", help="the file for what tests become; given to the second process")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    plugin = beside.plugin(config)
+    if plugin is not None:
+        config.pluginmanager.register(plugin, "beside")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

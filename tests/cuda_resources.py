@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import cache
 
 from cuda_models import B200, H100, RTX_5090, checked
 
@@ -23,6 +24,7 @@ BESIDE_A_LAYER = {  # what runs once per launch, by its header
 HEAD_FORMAT = [f"kHead{part}" for part in ("Format", "Group", "ZeroPoints", "UnitBytes", "UnitK", "SlotUnits")]
 
 
+@cache
 def program(shape: str, facts: DeviceFacts, quant: str = "none", **target: object) -> CheckedProgram:
     return checked(
         read_outline(f"shape:{shape}").spec, n_workers=facts.n_sm, ctx=4096, quant=find_quant(quant), **target

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import median
 
 import numpy as np
@@ -21,7 +22,6 @@ from flashformer.check import CheckedProgram, check
 from flashformer.formats import Format, find_quant
 from flashformer.model.outline import read_outline
 from flashformer.program import build, fragments
-from flashformer.program.ir import Program
 
 from .device import Compiler, Memory, failing, note_clocks, open_gpu, source
 from .record import Clock, Record, spread
@@ -190,14 +190,14 @@ def _launches(bench: Bench) -> None:
     record.speed("M8 NVRTC", seconds, "s", check="M8 NVRTC", shown=True)
 
 
-def _program(n_sm: int, quant: str) -> Program:
+@cache
+def _checked(n_sm: int, quant: str) -> CheckedProgram:
     spec = read_outline("shape:llama-3.2-1b").spec
-    return build(spec, cuda_target(n_sm, quant=find_quant(quant), ctx=512))
+    return check(build(spec, cuda_target(n_sm, quant=find_quant(quant), ctx=512)))
 
 
 def _specialization(facts: DeviceFacts, quant: str, n_cols: int = 8) -> Specialization:
-    checked: CheckedProgram = check(_program(facts.n_sm, quant))
-    return specialize(checked, facts, n_rows=n_cols)
+    return specialize(_checked(facts.n_sm, quant), facts, n_rows=n_cols)
 
 
 def kernels(facts: DeviceFacts) -> Iterator[Source]:

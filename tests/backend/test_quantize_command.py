@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -349,16 +350,25 @@ def test_every_command_takes_the_folder(tmp_path: Path) -> None:
     assert (made.returncode, made.stderr) == (0, "")
     assert "layers int4-g32, head int8-g128, the rest bf16" in made.stdout
     assert not list(out.glob("*.safetensors"))
-    same = [run_here("run", *model, "def ", *greedy) for model in ((out,), ("demo", "--quant", "int4"))]
-    assert len({json.dumps(json.loads(done.stdout)["token_ids"]) for done in same}) == 1
-    chats = [run_here("chat", *m, "--json", "-n", "8", stdin="x = 1\n") for m in ((out,), ("demo", "--quant", "int4"))]
-    assert len({json.loads(done.stdout)["text"] for done in chats}) == 1
-    bench = json.loads(run_here("bench", out, "--rows", "1", "-p", "0", "-n", "4", "-r", "1", "--json").stdout)
-    assert (bench["quant"], bench["rows"]) == ("int4-g32", 1)
-    plan = json.loads(run_here("plan", out, "--json", "--check").stdout)
-    assert (plan["quant"], plan["head_quant"], plan["dtype"]) == ("int4-g32", "int8-g128", "bf16")
-    assert run_here("trace", out, "-o", tmp_path / "trace.json").returncode == 0
-    doctor = run_here("doctor", "--model", out)
-    assert doctor.returncode == 0
-    assert "made from demo" in doctor.stdout
-    assert run_here("quantize", "demo", out, "--quant", "int4").returncode == 2
+    quantized = ("demo", "--quant", "int4")
+    commands = [
+        *(("run", *model, "def ", *greedy) for model in ((out,), quantized)),
+        *(("chat", *model, "--json", "-n", "8") for model in ((out,), quantized)),
+        ("bench", out, "--rows", "1", "-p", "0", "-n", "4", "-r", "1", "--json"),
+        ("plan", out, "--json", "--check"),
+        ("trace", out, "-o", tmp_path / "trace.json"),
+        ("doctor", "--model", out),
+        ("quantize", "demo", out, "--quant", "int4"),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        every = list(pool.map(lambda command: run_here(*command, stdin="x = 1\n"), commands))
+    assert [done.returncode for done in every] == [0] * (len(commands) - 1) + [2]
+    *runs_and_chats, bench, plan, _, doctor, _ = (done.stdout for done in every)
+    same = [json.loads(text) for text in runs_and_chats]
+    assert same[0]["token_ids"] == same[1]["token_ids"]
+    assert same[2]["text"] == same[3]["text"]
+    found = json.loads(bench)
+    assert (found["quant"], found["rows"]) == ("int4-g32", 1)
+    found = json.loads(plan)
+    assert (found["quant"], found["head_quant"], found["dtype"]) == ("int4-g32", "int8-g128", "bf16")
+    assert "made from demo" in doctor

@@ -19,7 +19,7 @@ import flashformer as ff
 from flashformer.checkpoint.resolve import DEMO
 
 PROMPT, MORE, STATS = record_chat.PROMPT, record_chat.MORE, record_chat.STATS
-FIRST = "class Stack:"
+FIRST, N_TOKENS = "class Stack:", 150
 Steps = list[tuple[str, str]]
 
 
@@ -37,9 +37,9 @@ def saved(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def answer() -> str:
-    """To FIRST, uninterrupted."""
+    """To FIRST, uninterrupted: seconds of the slowed model."""
     with ff.load("demo") as llm:
-        return llm.chat([{"role": "user", "content": FIRST}], max_tokens=400).text
+        return llm.chat([{"role": "user", "content": FIRST}], max_tokens=N_TOKENS).text
 
 
 def test_ctrl_c_stops_the_answer_and_its_beginning_stays(tmp_path: Path, answer: str) -> None:
@@ -52,7 +52,7 @@ def test_ctrl_c_stops_the_answer_and_its_beginning_stays(tmp_path: Path, answer:
         (STATS, ""),
         (PROMPT, f"/save {tmp_path}/talk.json\n"),
         (PROMPT, CTRL_D),
-        options=("-n", "400"),
+        options=("-n", str(N_TOKENS)),
     )
     assert code == 0
     user, partial, second, rest = saved(tmp_path / "talk.json")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import figures
@@ -32,8 +33,11 @@ def run_here(command, folder):
 
 
 def run_sh(block, tmp_path):
-    for line in block.code.splitlines():
-        done = run_here(["bash", "-euo", "pipefail", "-c", line], tmp_path)
+    """Its lines do not build on each other: two at a time."""
+    lines = block.code.splitlines()
+    with ThreadPoolExecutor(2) as pool:
+        every = list(pool.map(lambda line: run_here(["bash", "-euo", "pipefail", "-c", line], tmp_path), lines))
+    for line, done in zip(lines, every, strict=True):
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         assert done.stdout.strip(), f"{line} printed nothing"
 

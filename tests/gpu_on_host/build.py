@@ -53,7 +53,7 @@ def build(header: str, extra: list[str], main: str = KERNEL, device: Path = DEVI
         (folder / "specialization.h").write_text(header)
         (folder / "main.cpp").write_text(main)
         include = [f"-I{path}" for path in (folder, HOST, device)]
-        _run([*FLAGS, *WARNINGS, "-O1", *include, *extra, "-c", "main.cpp", "-o", "main.o"], folder)
+        _run([*FLAGS, *WARNINGS, "-Og", *include, *extra, "-c", "main.cpp", "-o", "main.o"], folder)
         _run(["-shared", "-Wl,-Bsymbolic", "main.o", *map(str, simulator), "-o", "library.so"], folder)
         (folder / "library.so").rename(library)
     return library

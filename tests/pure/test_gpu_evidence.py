@@ -228,11 +228,11 @@ def test_a_stage_that_hangs_says_where(monkeypatch: pytest.MonkeyPatch, tmp_path
     script.write_text(text.replace("    how = ''", "    import time; plan.GRACE_S = 0.1; time.sleep(60)"))
     script.write_text(script.read_text().replace("plan.STAGES =", "plan.GRACE_S = 0.2\nplan.STAGES ="))
     monkeypatch.setattr(plan, "SCRIPT", script)
-    monkeypatch.setattr(plan, "GRACE_S", 8.0)
+    monkeypatch.setattr(plan, "GRACE_S", 6.0)
     stage = plan.Stage(0, "fake", 1, "fake")
-    plan.run_apart(stage, 4.0, tmp_path)
+    plan.run_apart(stage, 1.0, tmp_path)
     document = plan.read(stage, tmp_path)
-    assert document["stopped"] == "killed after 12 s, at unit 2"
+    assert document["stopped"] == "killed after 7 s, at unit 2"
     assert "in end" in (tmp_path / "gpu-0-fake.stack.txt").read_text()
 
 
