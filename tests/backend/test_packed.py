@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from folders import model_folder, random_weights
 from safetensors.numpy import save_file
 
 import flashformer as ff
-from flashformer.backends import packed
+from flashformer.backends import kept, packed
 from flashformer.backends.cpu.native import load_native
 
 PROMPT = [3, 4, 5, 6, 7]
@@ -26,6 +27,7 @@ PROMPT = [3, 4, 5, 6, 7]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FLASHFORMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(packed, "MIN_BYTES", 0)
+    monkeypatch.setattr(kept, "FREE_SHARE", 0)
     return tmp_path / "cache" / "packed"
 
 
@@ -173,8 +175,8 @@ def test_c39_a_damaged_file_is_packed_anew_once(
 
 LOAD = """
 import sys, flashformer as ff
-from flashformer.backends import packed
-packed.MIN_BYTES = 0
+from flashformer.backends import kept, packed
+packed.MIN_BYTES = kept.FREE_SHARE = 0
 with ff.load(sys.argv[1], threads=1) as llm:
     print(hash(llm.logits([3, 4, 5]).tobytes()))
 """
@@ -259,12 +261,36 @@ def test_c41_a_full_disk(
 def test_a21_too_little_room_is_said_before_writing(
     cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    usage = packed.shutil._ntuple_diskusage(100, 90, 10)  # type: ignore[attr-defined]
-    monkeypatch.setattr(packed.shutil, "disk_usage", lambda _: usage)
+    usage = shutil._ntuple_diskusage(100, 90, 10)  # type: ignore[attr-defined]
+    monkeypatch.setattr(kept.shutil, "disk_usage", lambda _: usage)
     with caplog.at_level(logging.WARNING, "flashformer"):
         assert logits(folder)
-    assert "10 are free" in caplog.text
+    assert "are not kept: no room for them" in caplog.text
     assert not files(cache)
+
+
+@pytest.mark.parametrize(
+    ("free", "n_bytes", "fits", "remaining"),
+    [
+        (300, 200, True, "abc"),
+        (299, 200, True, "bc"),
+        (100, 200, True, "c"),
+        (99, 200, True, ""),
+        (0, 200, True, ""),
+        (0, 201, False, "abc"),
+    ],
+)
+def test_the_disk_is_not_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, n_bytes: int, fits: bool, remaining: str
+) -> None:
+    """A tenth of it stays free: for a new file those go that were used the longest ago, or it is not kept."""
+    monkeypatch.setattr(kept.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 0, free))  # type: ignore[attr-defined]
+    (tmp_path / "other.lock").write_bytes(bytes(100))
+    for age, name in enumerate("cba"):
+        (tmp_path / f"{name}.ffpack").write_bytes(bytes(100))
+        os.utime(tmp_path / f"{name}.ffpack", (1000 - age, 1000 - age))
+    assert kept.make_room(tmp_path, ".ffpack", n_bytes) is fits
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"{name}.ffpack" for name in remaining), "other.lock"]
 
 
 def test_c44_the_file_does_not_depend_on_the_instruction_set(

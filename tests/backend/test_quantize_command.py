@@ -34,6 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that would keep weights of any size."""
     monkeypatch.setenv("FLASHFORMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("flashformer.backends.packed.MIN_BYTES", 0)
+    monkeypatch.setattr("flashformer.backends.kept.FREE_SHARE", 0)
     return tmp_path / "cache"
 
 

@@ -50,6 +50,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[FakeG
 
     monkeypatch.setenv("FLASHFORMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(packed, "MIN_BYTES", 0)
+    monkeypatch.setattr("flashformer.backends.kept.FREE_SHARE", 0)
     monkeypatch.setattr(driver, "find_gpu", lambda: FakeGpu().info)
     monkeypatch.setattr(kernel, "DriverGpu", open_gpu)
     monkeypatch.setattr(cache, "compile_cubin", lambda source: (b"cubin for " + source.arch.encode(), ""))

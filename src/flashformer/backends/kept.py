@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from .. import env
 from ..log import log
 
+FREE_SHARE = 0.1  # of the disk, that stays free
 UNUSED_S = 30 * 24 * 3600.0  # a file that nobody used for so long goes when the next is written
 
 
@@ -62,6 +64,31 @@ def write_whole(path: Path, parts: Iterable[Any]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def make_room(folder: Path, suffix: str, n_bytes: int) -> bool:
+    """Whether so many bytes can be written here with FREE_SHARE of the disk left free.
+
+    The files that were used the longest ago go for that, unless all of them would not be enough.
+    """
+    usage = shutil.disk_usage(folder)
+    missing = n_bytes + int(FREE_SHARE * usage.total) - usage.free
+    found = sorted((stat.st_mtime, stat.st_size, path) for path, stat in _stats(folder) if path.suffix == suffix)
+    if missing > sum(size for _, size, _ in found):
+        return False
+    for _, size, path in found:
+        if missing <= 0:
+            break
+        path.unlink(missing_ok=True)
+        missing -= size
+    return True
+
+
+def _stats(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Of every file here that does not go meanwhile."""
+    for path in folder.iterdir():
+        with suppress(OSError):
+            yield path, path.stat()
+
+
 def open_own(path: Path) -> int:
     """A file descriptor for reading. Raises OSError; links are not followed."""
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -75,10 +102,7 @@ def mark_used(path: Path) -> None:
 
 def remove_unused(folder: Path, suffix: str) -> None:
     """Removes what was last used long before the latest use of anything here; what is not `suffix` after a day."""
-    used: dict[Path, float] = {}
-    for path in folder.iterdir():
-        with suppress(OSError):
-            used[path] = path.stat().st_mtime
+    used = {path: stat.st_mtime for path, stat in _stats(folder)}
     for path, last in used.items():
         limit = UNUSED_S if path.suffix == suffix else 24 * 3600.0
         if max(used.values()) - last > limit:

@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -115,9 +114,9 @@ class PackedFile:
         folder, total = self.path.parent, len(self.header) + self.n_bytes
         try:
             kept.remove_unused(folder, SUFFIX)
-            free = shutil.disk_usage(folder).free
-            if free < total + (1 << 30):
-                log.warning("%s: packed weights need %d bytes, %d are free; not kept", folder, total, free)
+            if not kept.make_room(folder, SUFFIX, total):
+                share = f"with {kept.FREE_SHARE:.0%} of the disk left free"
+                log.warning("%s: packed weights of %d bytes are not kept: no room for them %s", folder, total, share)
                 return
             self.path.with_suffix(".lock").touch()
             kept.write_whole(self.path, self.parts(native, region, n_threads))
