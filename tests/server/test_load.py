@@ -51,7 +51,8 @@ def test_clients_of_all_manners_leave_nothing_behind(folder: Path, tmp_path: Pat
     with load(folder, streams=4) as llm:
         expected = [answer(llm, ask) for ask in known]
         with running(llm, tmp_path, max_waiting=48, buffer_bytes=4096) as here:
-            address, files, objects = Address(str(here.path)), n_files(), n_left_over()
+            address, objects = Address(str(here.path)), n_left_over()
+            files = n_files()  # of tests before, none are closed from here on
             for seed in range(N_ROUNDS):
                 size = {"n_clients": N_CLIENTS, "n_requests": N_REQUESTS}
                 found = asyncio.run(run_stage(address, known, expected, Random(seed), **size))
@@ -61,7 +62,7 @@ def test_clients_of_all_manners_leave_nothing_behind(folder: Path, tmp_path: Pat
                 outcomes += found.outcomes
                 gc.collect()
                 grown.append(rss_mib())
-            until(lambda: n_files() == files)
+            until(lambda: n_files() <= files)
             until(lambda: n_left_over() <= objects)
             assert all(slot.is_free for slot in llm._slots._slots)
     assert outcomes.total() == N_ROUNDS * N_REQUESTS
