@@ -32,6 +32,7 @@ template <class V, class KV, int P>
 inline void score_block(const Query* query, const typename KV::T* keys, int64_t head_dim, typename V::F scale,
                         float* scores, const char* ahead) {
   constexpr int64_t kStep = KV::kStep, kVector = kStep * kLanes, kTwoBytes = 2 * kVector * sizeof(typename KV::T);
+  const auto at = [&](int p, int64_t d) { return reinterpret_cast<const typename KV::X*>(query[p].q) + d; };
   typename V::F even[P], odd[P];
   for (int p = 0; p < P; ++p) even[p] = odd[p] = V::zero();
   int64_t d = 0;
@@ -39,15 +40,12 @@ inline void score_block(const Query* query, const typename KV::T* keys, int64_t 
     for (int line = 0; line < kTwoBytes; line += 64) V::prefetch(ahead + line);
     const typename KV::Vector first = KV::load(keys), second = KV::load(keys + kVector);
     for (int p = 0; p < P; ++p) {
-      const auto* q = reinterpret_cast<const typename KV::X*>(query[p].q) + d;
-      even[p] = KV::add(even[p], first, q);
-      odd[p] = KV::add(odd[p], second, q + kStep);
+      even[p] = KV::add(even[p], first, at(p, d));
+      odd[p] = KV::add(odd[p], second, at(p, d + kStep));
     }
   }
   if (d < head_dim) {
-    for (int p = 0; p < P; ++p) {
-      even[p] = KV::add(even[p], KV::load(keys), reinterpret_cast<const typename KV::X*>(query[p].q) + d);
-    }
+    for (int p = 0; p < P; ++p) even[p] = KV::add(even[p], KV::load(keys), at(p, d));
   }
   for (int p = 0; p < P; ++p) V::store(scores + p * kKeyChunk, V::mul(V::add(even[p], odd[p]), scale));
 }
@@ -83,7 +81,6 @@ inline void exponentiate(const Query& query, typename V::F softcap, bool capped,
   F total = V::zero();
   for (int64_t k = first; k < query.end; k += kLanes) {
     F e = seen<V>(query, k, exp<V>(V::sub(V::load(scores + k), V::set1(max))), V::zero());
-    if constexpr (KV::kStep == 1) V::store(scores + k, e);
     total = V::add(total, KV::round(reinterpret_cast<typename KV::X*>(scores) + k, e));
     for (const char* end = ahead + share; ahead < end; ahead += 64) V::prefetch(ahead);
   }

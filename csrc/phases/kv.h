@@ -21,7 +21,10 @@ struct KvWide {
   using Vector = typename V::F;
   static constexpr int kStep = 1;
   static typename V::F add(typename V::F sum, Vector v, const X* x) { return V::fma(v, V::set1(*x), sum); }
-  static typename V::F round(X*, typename V::F x) { return x; }
+  static typename V::F round(X* p, typename V::F x) {
+    V::store(p, x);
+    return x;
+  }
 };
 
 template <class V>

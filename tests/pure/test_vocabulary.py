@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from make_checkpoint import byte_tokenizer, write_folder
+from folders import byte_tokenizer, model_folder
 from tokenizers import AddedToken
 
 from flashformer import LoadError, RequestError, load
-from flashformer.formats import BF16
 from flashformer.model import load_model
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 258,
-    "hidden_size": 16,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
 
 
 def test_a18_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
-    write_folder(tmp_path, CONFIG, BF16)
+    model_folder(tmp_path)
     assert load_model(tmp_path).tokenizer is not None
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("<|one more|>")])
@@ -38,7 +24,7 @@ def test_a18_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
 
 def test_a18_special_tokens_without_an_embedding(tmp_path: Path) -> None:
     """As in Gemma 3 1B, whose image token lies behind its embeddings: a warning, and no request may have it."""
-    write_folder(tmp_path, CONFIG, BF16)
+    model_folder(tmp_path)
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["<image_soft_token>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))

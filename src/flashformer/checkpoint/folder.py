@@ -34,6 +34,11 @@ class Checkpoint:
     def path(self) -> Path:
         return self.place.folder
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether the weights can be opened without a download. Raises LoadError."""
+        return self.place.snapshot is None or has_tensors(self.path)
+
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """Opened, of a hub id downloaded, on first use; every header is checked, no value read. Raises LoadError."""

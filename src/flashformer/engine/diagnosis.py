@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from ..backends.packed import require_given
 from ..checkpoint import Checkpoint, PackedWeights, Tokenizer, open_checkpoint
-from ..checkpoint.folder import has_tensors
 from ..errors import FlashformerError, LoadError
 from ..formats import BF16, Format
 from ..model import ModelSpec, bind, read_family, read_spec, shape_config
@@ -191,7 +190,7 @@ def _try_packed(
 def _at_hand(checkpoint: Checkpoint) -> bool:
     """Whether the weights can be looked at without a download."""
     try:
-        return checkpoint.place.snapshot is None or has_tensors(checkpoint.path)
+        return checkpoint.at_hand
     except LoadError:  # which reading them will say again
         return True
 

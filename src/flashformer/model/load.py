@@ -10,7 +10,6 @@ from typing import Any
 
 from ..checkpoint import PackedFormats, PackedWeights, Tensor, Tokenizer, open_checkpoint
 from ..checkpoint.files import naming, shown
-from ..checkpoint.folder import has_tensors
 from ..errors import LoadError
 from ..formats import BF16, F32, FORMATS, Format
 from .config import read_family, read_spec
@@ -75,7 +74,7 @@ def load_model(
     if checkpoint.packed is not None:
         weights = checkpoint.packed
     else:
-        if before_download and checkpoint.place.snapshot is not None and not has_tensors(checkpoint.path):
+        if before_download and not checkpoint.at_hand:
             before_download(spec, stated_format(checkpoint.config)[0])
         tensors = checkpoint.tensors  # of a hub id, downloaded now that the model is known to be supported
         with naming(checkpoint.path):
