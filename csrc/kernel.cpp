@@ -149,7 +149,7 @@ void Kernel::work(int index) {
   int64_t drawn_bytes = 0;
   auto wait = [&](int64_t phase, int64_t count) {
     const char* item = worker.tape_ahead();
-    if (item != drawn) drawn = item, drawn_bytes = kBlockBytes;  // the product before has prefetched its first block
+    if (item != drawn) drawn = item, drawn_bytes = 0;
     worker.delays.maybe();
     const bool reached = team_.wait_arrivals(static_cast<uint32_t>(count), [&] {
       for (int line = 0; line < 4 && drawn_bytes < kAheadBytes; ++line, drawn_bytes += 64)

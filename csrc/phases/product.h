@@ -4,8 +4,12 @@
 // rows, so a row's bits do not depend on its company. A tile (vectors * 16 outputs, all of k) is cut into blocks of
 // k that stay in the first-level cache while all rows pass over them, a few at once; sums rest in scratch between
 // blocks. While a block is computed, the block that this worker reads next is prefetched, across tiles and phases, in
-// order and at an even pace: every pass takes its share.
+// order and at an even pace: every pass takes its share. Rows that pass all at once read the tape as one stream, which
+// the hardware fetches ahead better than we do: one row has no prefetches, several name the line that is being read,
+// which lets loads run ahead of products (docs/measuring.md).
 #pragma once
+
+#include <algorithm>
 
 #include "../forward.h"
 #include "../simd/at_once.h"
@@ -56,12 +60,24 @@ struct WeightsBf16Dot {  // bf16 weights x bf16 activations, by the dot-product 
 struct Ahead {
   const char* at;
   int64_t line;  // 64 / passes, rounded up
+
+  template <class V>
+  void prefetch(int64_t i) const {
+    V::prefetch(at + i * line);
+  }
+  void move(int64_t lines) { at += lines * line; }
+};
+
+struct NothingAhead {
+  template <class V>
+  void prefetch(int64_t) const {}
+  void move(int64_t) {}
 };
 
 // VS vectors of R rows over `steps` steps of TILE vectors. w: first vector of the first step.
-template <class V, class W, int TILE, int VS, int R>
+template <class V, class W, int TILE, int VS, int R, class A>
 inline void product_block(float* sums, const char* w, const typename W::X* x, int64_t x_stride, int64_t steps,
-                          Ahead ahead) {
+                          A ahead) {
   typename V::F sum[R][VS];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < VS; ++v) sum[r][v] = V::load(sums + r * kPad + v * kLanes);
@@ -70,14 +86,14 @@ inline void product_block(float* sums, const char* w, const typename W::X* x, in
     typename V::Raw weight[VS];
     for (int v = 0; v < VS; ++v) {
       weight[v] = V::load_raw(w + v * 64);
-      V::prefetch(ahead.at + v * ahead.line);
+      ahead.template prefetch<V>(v);
     }
     for (int r = 0; r < R; ++r) {
       const typename W::X* xs = x + r * x_stride + s * W::kGroup;
       for (int v = 0; v < VS; ++v) sum[r][v] = W::add(sum[r][v], weight[v], xs);
     }
     w += TILE * 64;
-    ahead.at += TILE * ahead.line;
+    ahead.move(TILE);
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < VS; ++v) V::store(sums + r * kPad + v * kLanes, sum[r][v]);
@@ -92,22 +108,21 @@ struct Plain : P {
 
   static Input<X> take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return rows; }
 
-  template <int TILE, int R>
+  template <int TILE, int R, class A>
   static void rows(const Phase&, float* sums, const char* w, const Input<X>& in, int64_t row, int64_t group,
-                   int64_t groups, Ahead ahead) {
+                   int64_t groups, A ahead) {
     constexpr int VS = P::kAtOnce.vectors_of(TILE, R);
     const X* x = in.x + row * in.stride + group * P::kGroup;
-    for (int v = 0; v < TILE; v += VS) {
-      product_block<V, P, TILE, VS, R>(sums + v * kLanes, w + v * 64, x, in.stride, groups,
-                                       {ahead.at + v * ahead.line, ahead.line});
+    for (int v = 0; v < TILE; v += VS, ahead.move(VS)) {
+      product_block<V, P, TILE, VS, R>(sums + v * kLanes, w + v * 64, x, in.stride, groups, ahead);
     }
   }
 };
 
 // Rows [row, row + rows) of a block, 1 <= rows <= R.
-template <class V, class W, int TILE, int R, class In>
+template <class V, class W, int TILE, int R, class In, class A>
 inline void rows_at_once(const Phase& phase, int64_t rows, float* sums, const char* w, const In& in, int64_t row,
-                         int64_t group, int64_t groups, Ahead ahead) {
+                         int64_t group, int64_t groups, A ahead) {
   if constexpr (R > 1) {
     if (rows < R) return rows_at_once<V, W, TILE, R - 1>(phase, rows, sums, w, in, row, group, groups, ahead);
   }
@@ -118,22 +133,22 @@ inline void rows_at_once(const Phase& phase, int64_t rows, float* sums, const ch
 template <class V, class W, int TILE, class In>
 void product_tile(const Phase& phase, float* sums, const char* w, const In& in, int64_t n_rows, const char* next) {
   constexpr int R = W::kRowsAtOnce;
-  const int64_t passes = (n_rows + R - 1) / R, line = (64 + passes - 1) / passes;
   const int64_t all = phase.tile_bytes / phase.group_bytes;
-  const int64_t at_once = (kBlockBytes + phase.group_bytes - 1) / phase.group_bytes;
   for (int64_t i = 0; i < n_rows * kPad; i += kLanes) V::store(sums + i, V::zero());
+  if (n_rows == 1) return W::template rows<TILE, 1>(phase, sums, w, in, 0, 0, all, NothingAhead{});
+  if (n_rows <= R) return rows_at_once<V, W, TILE, R>(phase, n_rows, sums, w, in, 0, 0, all, Ahead{w, 64});
+
+  const int64_t passes = (n_rows + R - 1) / R, line = (64 + passes - 1) / passes;
+  const int64_t at_once = (kBlockBytes + phase.group_bytes - 1) / phase.group_bytes;
   for (int64_t g = 0, count; g < all; g += count) {
-    const int64_t rest = all - g;
-    count = rest <= at_once ? rest : passes > 1 ? at_once : rest - at_once;
+    count = std::min(at_once, all - g);
     const char* block = w + g * phase.group_bytes;
-    // One pass is a stream that the hardware fetches ahead better than prefetches of ours do (docs/measuring.md): these
-    // are for what follows the tile, and until its last block name the line that is being read.
-    const char* ahead = count == rest ? next : passes > 1 ? block + at_once * phase.group_bytes : block;
+    const char* ahead = g + count == all ? next : block + at_once * phase.group_bytes;
     const int64_t bytes = count * phase.group_bytes;
     for (int64_t pass = 0, r = 0; pass < passes; ++pass) {
       const int64_t left = passes - pass, rows = (n_rows - r + left - 1) / left;
       rows_at_once<V, W, TILE, R>(phase, rows, sums + r * kPad, block, in, r, g, count,
-                                  {ahead + pass * bytes / passes, line});
+                                  Ahead{ahead + pass * bytes / passes, line});
       r += rows;
     }
   }

@@ -118,14 +118,12 @@ inline QuantBlock quant_block(const Phase& phase, const char* group, int64_t til
   return {group + vector * 32, zeros, group + phase.group_bytes - codes_bytes + vector * 64};
 }
 
-// Of a group whose first lines are scales and zeros; gives where its codes are prefetched.
-template <class V>
-inline const char* prefetch_scales(const Phase& phase, int64_t codes_bytes, int64_t vector, const char* fetch,
-                                   int64_t line) {
-  for (int64_t at = codes_bytes; at < phase.group_bytes; at += 64, fetch += line) {
-    if (vector == 0) V::prefetch(fetch);
+// Of a group whose first lines are scales and zeros.
+template <class V, class A>
+inline void prefetch_scales(const Phase& phase, int64_t codes_bytes, int64_t vector, A& ahead) {
+  for (int64_t at = codes_bytes; at < phase.group_bytes; at += 64, ahead.move(1)) {
+    if (vector == 0) ahead.template prefetch<V>(0);
   }
-  return fetch;
 }
 
 // Half H of a step, four k: codes are taken out once for all rows.
@@ -141,9 +139,9 @@ inline void four_k(typename V::I (&acc)[R][VS], const typename V::Raw (&weight)[
 }
 
 // VS vectors of R rows over `groups` groups.
-template <class V, template <class> class Codes, int TILE, int VS, int R>
+template <class V, template <class> class Codes, int TILE, int VS, int R, class A>
 inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_t vector, const QuantInput& in,
-                          int64_t row, int64_t first_group, int64_t groups, Ahead ahead) {
+                          int64_t row, int64_t first_group, int64_t groups, A ahead) {
   using C = Codes<V>;
   const int64_t steps = phase.scale_group / C::kStep, codes_bytes = steps * TILE * 64;
   constexpr bool in_registers = R * VS <= 8;  // the sums over groups, beside those within one
@@ -153,10 +151,9 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
       if constexpr (in_registers) total[r][v] = V::load(sums + r * kPad + v * kLanes);
     }
   }
-  const char* fetch = ahead.at;
   for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes) {
     const QuantBlock block = quant_block(phase, w, TILE, vector, codes_bytes);
-    fetch = prefetch_scales<V>(phase, codes_bytes, vector, fetch, ahead.line);
+    prefetch_scales<V>(phase, codes_bytes, vector, ahead);
     const int8_t* x[R];
     typename V::I acc[R][VS];
     for (int r = 0; r < R; ++r) {
@@ -171,11 +168,11 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
       }
     }
     const char* codes = block.codes;
-    for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, fetch += TILE * ahead.line) {
+    for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, ahead.move(TILE)) {
       typename V::Raw weight[VS];
       for (int v = 0; v < VS; ++v) {
         weight[v] = V::load_raw(codes + v * 64);
-        V::prefetch(fetch + (vector + v) * ahead.line);
+        ahead.template prefetch<V>(vector + v);
       }
       four_k<V, C, 0>(acc, weight, x, s * C::kStep);
       if constexpr (C::kStep == 8) four_k<V, C, 1>(acc, weight, x, s * C::kStep + 4);
@@ -200,27 +197,23 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
   }
 }
 
-// Four k of one vector: code by code.
-template <class V, int R>
+// Four k of one vector, B to 3: code by code.
+template <class V, int B, int R>
 inline void wide_bytes(typename V::F (&part)[R], typename V::Raw bytes, typename V::F zero, const float* const (&x)[R],
                        int64_t k) {
-  const typename V::F w[4] = {V::template byte<0>(bytes), V::template byte<1>(bytes), V::template byte<2>(bytes),
-                              V::template byte<3>(bytes)};
-  for (int j = 0; j < 4; ++j) {
-    const typename V::F value = V::sub(w[j], zero);
-    for (int r = 0; r < R; ++r) part[r] = V::fma(value, V::set1(x[r][k + j]), part[r]);
-  }
+  const typename V::F value = V::sub(V::template byte<B>(bytes), zero);
+  for (int r = 0; r < R; ++r) part[r] = V::fma(value, V::set1(x[r][k + B]), part[r]);
+  if constexpr (B < 3) wide_bytes<V, B + 1, R>(part, bytes, zero, x, k);
 }
 
-template <class V, template <class> class Codes, int TILE, int R>
+template <class V, template <class> class Codes, int TILE, int R, class A>
 inline void wide_groups(const Phase& phase, float* sums, const char* w, int64_t vector, const Input<float>& in,
-                        int64_t row, int64_t first_group, int64_t groups, Ahead ahead) {
+                        int64_t row, int64_t first_group, int64_t groups, A ahead) {
   using C = Codes<V>;
   const int64_t steps = phase.scale_group / C::kStep, codes_bytes = steps * TILE * 64;
-  const char* fetch = ahead.at;
   for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes) {
     const QuantBlock block = quant_block(phase, w, TILE, vector, codes_bytes);
-    fetch = prefetch_scales<V>(phase, codes_bytes, vector, fetch, ahead.line);
+    prefetch_scales<V>(phase, codes_bytes, vector, ahead);
     const typename V::F zero = block.zeros ? V::to_f32(V::load_u8(block.zeros)) : V::set1(C::kZero);
     const float* x[R];
     typename V::F part[R];
@@ -229,11 +222,11 @@ inline void wide_groups(const Phase& phase, float* sums, const char* w, int64_t 
       part[r] = V::zero();
     }
     const char* codes = block.codes;
-    for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, fetch += TILE * ahead.line) {
+    for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, ahead.move(TILE)) {
       const typename V::Raw raw = V::load_raw(codes);
-      V::prefetch(fetch + vector * ahead.line);
-      wide_bytes<V, R>(part, C::template bytes<0>(raw), zero, x, s * C::kStep);
-      if constexpr (C::kStep == 8) wide_bytes<V, R>(part, C::template bytes<1>(raw), zero, x, s * C::kStep + 4);
+      ahead.template prefetch<V>(vector);
+      wide_bytes<V, 0, R>(part, C::template bytes<0>(raw), zero, x, s * C::kStep);
+      if constexpr (C::kStep == 8) wide_bytes<V, 0, R>(part, C::template bytes<1>(raw), zero, x, s * C::kStep + 4);
     }
     const typename V::F scale = V::load_f16(reinterpret_cast<const uint16_t*>(block.scales));
     for (int r = 0; r < R; ++r) {
@@ -261,9 +254,9 @@ struct QuantNarrow {
     return {out, stride, worker.group_scales(), worker.group_sums(), model.group_stride};
   }
 
-  template <int TILE, int R>
+  template <int TILE, int R, class A>
   static void rows(const Phase& phase, float* sums, const char* w, const QuantInput& in, int64_t row, int64_t group,
-                   int64_t groups, Ahead ahead) {
+                   int64_t groups, A ahead) {
     constexpr int VS = kAtOnce.vectors_of(TILE, R);
     for (int v = 0; v < TILE; v += VS) {
       narrow_groups<V, Codes, TILE, VS, R>(phase, sums + v * kLanes, w, v, in, row, group, groups, ahead);
@@ -289,9 +282,9 @@ struct QuantWide {
     return {out, stride};
   }
 
-  template <int TILE, int R>
+  template <int TILE, int R, class A>
   static void rows(const Phase& phase, float* sums, const char* w, const Input<float>& in, int64_t row, int64_t group,
-                   int64_t groups, Ahead ahead) {
+                   int64_t groups, A ahead) {
     for (int v = 0; v < TILE; ++v) {
       wide_groups<V, Codes, TILE, R>(phase, sums + v * kLanes, w, v, in, row, group, groups, ahead);
     }
