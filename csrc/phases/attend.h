@@ -3,9 +3,8 @@
 // and appends the keys and values of the rows whose positions lie in its chunk. Gives, per (row, head, chunk): values
 // weighted by exp(score - max), the maximum and the sum; o_proj merges chunks in position order. Scores are taken over
 // 16 keys at a time (a lane owns a key), values key after key (a lane owns an element), so no sum depends on which rows
-// or workers are about. Runs of keys and values are left to the hardware, which reads ahead within them (until their
-// end prefetches name the line that is being read, as in products); what follows a run is prefetched, and the values
-// while exponentials are computed.
+// or workers are about. A worker takes its chunks of one head after the other, as they lie in the cache: keys, values,
+// keys, values, one stream, which is prefetched kAheadBytes early, and further while exponentials are computed.
 #pragma once
 
 #include <cfloat>
@@ -16,8 +15,13 @@
 
 namespace flashformer {
 
-constexpr int64_t kAheadBytes = 4096;      // of what follows a run of keys or values: prefetched at its end
-constexpr int64_t kThinkingBytes = 12288;  // of the values of a whole chunk: prefetched while no memory is read
+constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kThinkingBytes = 8192;  // of the values of a whole chunk: prefetched while no memory is read
+
+template <class T>
+inline const char* ahead_of(const T* p) {
+  return reinterpret_cast<const char*>(p) + kAheadBytes;
+}
 
 // One query head of one row against the keys of a chunk.
 struct Query {
@@ -26,18 +30,17 @@ struct Query {
   int64_t partial;     // index of its result
 };
 
-// scores[p][...] of P queries and 16 keys: the sum over even steps of the head and that over odd ones. `ahead`: as
-// many bytes to be read later.
+// scores[p][...] of P queries and 16 keys: the sum over even steps of the head and that over odd ones.
 template <class V, class KV, int P>
 inline void score_block(const Query* query, const typename KV::T* keys, int64_t head_dim, typename V::F scale,
-                        float* scores, const char* ahead) {
+                        float* scores) {
   constexpr int64_t kStep = KV::kStep, kVector = kStep * kLanes, kTwoBytes = 2 * kVector * sizeof(typename KV::T);
   const auto at = [&](int p, int64_t d) { return reinterpret_cast<const typename KV::X*>(query[p].q) + d; };
   typename V::F even[P], odd[P];
   for (int p = 0; p < P; ++p) even[p] = odd[p] = V::zero();
   int64_t d = 0;
-  for (; d + 2 * kStep <= head_dim; d += 2 * kStep, keys += 2 * kVector, ahead += kTwoBytes) {
-    for (int line = 0; line < kTwoBytes; line += 64) V::prefetch(ahead + line);
+  for (; d + 2 * kStep <= head_dim; d += 2 * kStep, keys += 2 * kVector) {
+    for (int line = 0; line < kTwoBytes; line += 64) V::prefetch(ahead_of(keys) + line);
     const typename KV::Vector first = KV::load(keys), second = KV::load(keys + kVector);
     for (int p = 0; p < P; ++p) {
       even[p] = KV::add(even[p], first, at(p, d));
@@ -89,12 +92,12 @@ inline void exponentiate(const Query& query, typename V::F softcap, bool capped,
 }
 
 // D vectors of the weighted sum of values for P queries: the keys that all of them see together, those before and after
-// for each by itself, in the order of the keys. `next`: what is read after the last of them.
+// for each by itself, in the order of the keys.
 template <class V, class KV, int P, int D>
 inline void weigh_values(const Forward& forward, const Query* query, const typename KV::T* values, int64_t stride,
-                         int64_t at, const float* scores, const typename KV::T* next) {
-  constexpr int64_t kStep = KV::kStep, kVector = kStep * kLanes, kElementBytes = sizeof(typename KV::T);
-  constexpr int64_t kLine = 64 / (kVector * kElementBytes);  // vectors of a line
+                         int64_t at, const float* scores) {
+  constexpr int64_t kStep = KV::kStep, kVector = kStep * kLanes;
+  constexpr int64_t kLine = 64 / (kVector * static_cast<int64_t>(sizeof(typename KV::T)));  // vectors of a line
   const auto first_of = [&](int p) { return query[p].begin / kStep; };
   const auto end_of = [&](int p) { return (query[p].end + kStep - 1) / kStep; };
   stride *= kStep, at *= kStep;
@@ -117,20 +120,15 @@ inline void weigh_values(const Forward& forward, const Query* query, const typen
     }
   };
   for (int p = 0; p < P; ++p) alone(p, first_of(p), begin < end_of(p) ? begin : end_of(p));
-  auto together = [&](int64_t first, int64_t last, const typename KV::T* ahead) {
-    for (int64_t s = first; s < last; ++s, ahead += stride) {
-      for (int d = 0; d < D; d += kLine) V::prefetch(reinterpret_cast<const char*>(ahead + d * kVector));
-      typename KV::Vector value[D];
-      for (int d = 0; d < D; ++d) value[d] = KV::load(values + s * stride + at + d * kVector);
-      for (int p = 0; p < P; ++p) {
-        for (int d = 0; d < D; ++d) sum[p][d] = KV::add(sum[p][d], value[d], weight(p, s));
-      }
+  for (int64_t s = begin; s < end; ++s) {
+    const typename KV::T* step = values + s * stride + at;
+    for (int d = 0; d < D; d += kLine) V::prefetch(ahead_of(step + d * kVector));
+    typename KV::Vector value[D];
+    for (int d = 0; d < D; ++d) value[d] = KV::load(step + d * kVector);
+    for (int p = 0; p < P; ++p) {
+      for (int d = 0; d < D; ++d) sum[p][d] = KV::add(sum[p][d], value[d], weight(p, s));
     }
-  };
-  const int64_t distance = kAheadBytes / (stride * kElementBytes),
-                turn = end - distance > begin ? end - distance : begin;
-  together(begin, turn, values + begin * stride + at);
-  together(turn, end, next + at);
+  }
   for (int p = 0; p < P; ++p) {
     alone(p, end, end_of(p));
     float* result = forward.partial_values(query[p].partial) + at / kStep;
@@ -140,9 +138,8 @@ inline void weigh_values(const Forward& forward, const Query* query, const typen
 
 template <class V, class KV, int P>
 inline void attend_queries(Worker& worker, const Phase& phase, const Query* query, const typename KV::T* keys,
-                           const typename KV::T* values, const typename KV::T* next) {
+                           const typename KV::T* values) {
   const Forward& forward = *worker.forward;
-  constexpr int64_t kElementBytes = sizeof(typename KV::T);
   constexpr int Q = V::kQueriesAtOnce < P ? V::kQueriesAtOnce : P;
   float* scores = worker.scores();
   const typename V::F scale = V::set1(static_cast<float>(phase.attention_scale));
@@ -152,24 +149,18 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
     least = query[p].begin < least ? query[p].begin : least;
     most = query[p].end > most ? query[p].end : most;
   }
-  const int64_t stride = phase.head_dim_padded, block = phase.head_dim * kLanes;
-  const int64_t blocks = (most + kLanes - 1) / kLanes,
-                distance = (kAheadBytes + block * kElementBytes - 1) / (block * kElementBytes);
+  const int64_t stride = phase.head_dim_padded, blocks = (most + kLanes - 1) / kLanes;
   for (int64_t b = least / kLanes; b < blocks; ++b) {
-    const int64_t later = b + distance - blocks;
-    const typename KV::T* ahead = later < 0 ? keys + b * block : values + least * stride + later * block;
-    const char* line = reinterpret_cast<const char*>(ahead);
+    const typename KV::T* block = keys + b * kLanes * phase.head_dim;
     for (int p = 0; p + Q <= P; p += Q) {
-      score_block<V, KV, Q>(query + p, keys + b * block, phase.head_dim, scale, scores + p * kKeyChunk + b * kLanes,
-                            line);
+      score_block<V, KV, Q>(query + p, block, phase.head_dim, scale, scores + p * kKeyChunk + b * kLanes);
     }
     if constexpr (P % Q > 0) {
       constexpr int p = P / Q * Q;
-      score_block<V, KV, P - p>(query + p, keys + b * block, phase.head_dim, scale, scores + p * kKeyChunk + b * kLanes,
-                                line);
+      score_block<V, KV, P - p>(query + p, block, phase.head_dim, scale, scores + p * kKeyChunk + b * kLanes);
     }
   }
-  const char* meanwhile = reinterpret_cast<const char*>(values + least * stride) + kAheadBytes;
+  const char* meanwhile = ahead_of(values + least * stride);
   constexpr int64_t kShare = kThinkingBytes / (kKeyChunk / kLanes) / P / 64 * 64;  // for 16 keys of a query
   for (int p = 0; p < P; ++p) {
     exponentiate<V, KV>(query[p], softcap, phase.softcap > 0, scores + p * kKeyChunk,
@@ -179,23 +170,23 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
   constexpr int D = V::kValuesAtOnce;
   int64_t at = 0;
   for (; at + D * kLanes <= stride; at += D * kLanes) {
-    weigh_values<V, KV, P, D>(forward, query, values, stride, at, scores, next);
+    weigh_values<V, KV, P, D>(forward, query, values, stride, at, scores);
   }
-  for (; at < stride; at += kLanes) weigh_values<V, KV, P, 1>(forward, query, values, stride, at, scores, next);
+  for (; at < stride; at += kLanes) weigh_values<V, KV, P, 1>(forward, query, values, stride, at, scores);
 }
 
 template <class V, class KV>
 inline void attend_batch(Worker& worker, const Phase& phase, int n, const Query* query, const typename KV::T* keys,
-                         const typename KV::T* values, const typename KV::T* next) {
+                         const typename KV::T* values) {
   switch (n) {
     case 1:
-      return attend_queries<V, KV, 1>(worker, phase, query, keys, values, next);
+      return attend_queries<V, KV, 1>(worker, phase, query, keys, values);
     case 2:
-      return attend_queries<V, KV, 2>(worker, phase, query, keys, values, next);
+      return attend_queries<V, KV, 2>(worker, phase, query, keys, values);
     case 3:
-      return attend_queries<V, KV, 3>(worker, phase, query, keys, values, next);
+      return attend_queries<V, KV, 3>(worker, phase, query, keys, values);
     case 4:
-      return attend_queries<V, KV, 4>(worker, phase, query, keys, values, next);
+      return attend_queries<V, KV, 4>(worker, phase, query, keys, values);
   }
 }
 
@@ -210,20 +201,11 @@ inline Unit unit_at(const Forward& forward, const Phase& phase, int64_t unit) {
   return {forward.groups[unit / heads % forward.n_groups], unit % heads, unit / (forward.n_groups * heads) * kKeyChunk};
 }
 
-// The unit's piece of the cache.
-template <class KV>
-inline typename KV::T* unit_keys(const Forward& forward, const Phase& phase, const Unit& unit) {
-  return keys_of<typename KV::T>(forward, phase, unit.group.slot, unit.kv_head) + unit.first_key * phase.head_dim;
-}
-
-// One unit. `next`: the keys of the unit after.
 template <class V, class KV>
-inline void attend_unit(Worker& worker, const Phase& phase, const Unit& unit, const typename KV::T* next) {
+inline void attend_unit(Worker& worker, const Phase& phase, const Unit& unit) {
   const Forward& forward = *worker.forward;
   const auto& [group, kv_head, first_key] = unit;
-  typename KV::T* keys = unit_keys<KV>(forward, phase, unit);
-  typename KV::T* values =
-      values_of<typename KV::T>(forward, phase, group.slot, kv_head) + first_key * phase.head_dim_padded;
+  const auto [keys, values] = chunk_of<typename KV::T>(forward, phase, group.slot, kv_head, first_key);
   const int64_t per_kv = phase.n_heads / phase.n_kv_heads;
   for (int64_t r = group.row_begin; r < group.row_end; ++r) {
     const int64_t k = group.first_pos + (r - group.row_begin) - first_key;
@@ -246,12 +228,12 @@ inline void attend_unit(Worker& worker, const Phase& phase, const Unit& unit, co
       batch[n++] = {q, begin > 0 ? begin : 0, end < kKeyChunk ? end : kKeyChunk,
                     forward.partial_index(r, h) + first_key / kKeyChunk};
       if (n == kScoreRows) {
-        attend_batch<V, KV>(worker, phase, n, batch, keys, values, next);
+        attend_batch<V, KV>(worker, phase, n, batch, keys, values);
         n = 0;
       }
     }
   }
-  attend_batch<V, KV>(worker, phase, n, batch, keys, values, next);
+  attend_batch<V, KV>(worker, phase, n, batch, keys, values);
 }
 
 template <class V, class KV>
@@ -267,16 +249,16 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
     if (last / kKeyChunk + 1 > chunks) chunks = last / kKeyChunk + 1;
   }
   const int64_t end = span.end < chunks * groups * heads ? span.end : chunks * groups * heads;
-  int64_t unit = span.begin;
-  if (const int64_t skipped = first_chunk * groups * heads - unit; skipped > 0) {
-    unit += (skipped + span.step - 1) / span.step * span.step;
-  }
-  if (unit < end) qk_factors<V>(worker, phase);
-  for (; unit < end; unit += span.step) {
-    worker.begin_unit(unit);
-    const int64_t after = unit + span.step < end ? unit + span.step : unit;
-    attend_unit<V, KV>(worker, phase, unit_at(forward, phase, unit),
-                       unit_keys<KV>(forward, phase, unit_at(forward, phase, after)));
+  const int64_t streams = groups * heads;  // of chunks, which lie one behind the other
+  bool any = false;
+  for (int64_t stream = 0; stream < streams; ++stream) {
+    for (int64_t unit = first_chunk * streams + stream; unit < end; unit += streams) {
+      if (unit < span.begin || (unit - span.begin) % span.step > 0) continue;
+      if (!any) qk_factors<V>(worker, phase);
+      any = true;
+      worker.begin_unit(unit);
+      attend_unit<V, KV>(worker, phase, unit_at(forward, phase, unit));
+    }
   }
 }
 

@@ -1,8 +1,10 @@
-// The KV cache of one layer. Keys (streams, n_kv_heads, ctx/16, head_dim, 16): 16 positions are lanes, so that
-// scores need no horizontal sums. Values (streams, n_kv_heads, ctx, head_dim padded to 16). Where an instruction takes
-// two elements at once (kStep), these lie side by side: two of a key, in keys (..., head_dim/2, 16, 2); those of two
-// keys, in values (..., ctx/2, head_dim padded to 16, 2).
+// The KV cache of one layer: (streams, n_kv_heads, chunks of kKeyChunk positions), and of a chunk keys (positions/16,
+// head_dim, 16), 16 positions being lanes, so that scores need no horizontal sums, then values (positions, head_dim
+// padded to 16). Where an instruction takes two elements at once (kStep), these lie side by side: two of a key, in keys
+// (..., head_dim/2, 16, 2); those of two keys, in values (positions/2, head_dim padded to 16, 2).
 #pragma once
+
+#include <algorithm>
 
 #include "../element.h"
 #include "../forward.h"
@@ -58,10 +60,7 @@ struct KvBf16Dot {
   static void put(T* p, float x) { *p = to_bf16(x); }
   static typename V::F add(typename V::F sum, Vector v, const X* x) { return V::dot_bf16(sum, v, x); }
   // 16 elements of a row of fp32 -> X in the same place, counted in X; gives what they are now.
-  static typename V::F round(X* p, typename V::F x) {
-    V::store_bf16(p, x);
-    return V::load_bf16(p);
-  }
+  static typename V::F round(X* p, typename V::F x) { return V::round_bf16(p, x); }
 };
 
 // The first key that a row at `pos` sees.
@@ -70,14 +69,18 @@ inline int64_t first_visible(const Phase& phase, int64_t pos) {
 }
 
 template <class T>
-inline T* keys_of(const Forward& forward, const Phase& phase, int64_t slot, int64_t kv_head) {
-  const int64_t cache = slot * phase.n_kv_heads + kv_head;
-  return reinterpret_cast<T*>(forward.kv + phase.keys) + cache * forward.model.ctx_padded * phase.head_dim;
-}
+struct KvChunk {
+  T *keys, *values;
+};
+
+// The chunk that begins with position first_key.
 template <class T>
-inline T* values_of(const Forward& forward, const Phase& phase, int64_t slot, int64_t kv_head) {
-  const int64_t cache = slot * phase.n_kv_heads + kv_head;
-  return reinterpret_cast<T*>(forward.kv + phase.values) + cache * forward.model.ctx_padded * phase.head_dim_padded;
+inline KvChunk<T> chunk_of(const Forward& forward, const Phase& phase, int64_t slot, int64_t kv_head,
+                           int64_t first_key) {
+  const int64_t ctx = forward.model.ctx_padded, head = slot * phase.n_kv_heads + kv_head;
+  T* keys = reinterpret_cast<T*>(forward.kv + phase.keys) +
+            (head * ctx + first_key) * (phase.head_dim + phase.head_dim_padded);
+  return {keys, keys + std::min(kKeyChunk, ctx - first_key) * phase.head_dim};
 }
 
 }  // namespace flashformer

@@ -197,13 +197,22 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
   }
 }
 
-// Four k of one vector, B to 3: code by code.
+// Code B of every lane.
 template <class V, int B, int R>
-inline void wide_bytes(typename V::F (&part)[R], typename V::Raw bytes, typename V::F zero, const float* const (&x)[R],
-                       int64_t k) {
+[[gnu::always_inline]] inline void wide_byte(typename V::F (&part)[R], typename V::Raw bytes, typename V::F zero,
+                                             const float* const (&x)[R], int64_t k) {
   const typename V::F value = V::sub(V::template byte<B>(bytes), zero);
   for (int r = 0; r < R; ++r) part[r] = V::fma(value, V::set1(x[r][k + B]), part[r]);
-  if constexpr (B < 3) wide_bytes<V, B + 1, R>(part, bytes, zero, x, k);
+}
+
+// Four k of one vector: code by code, so that none waits in a register.
+template <class V, int R>
+[[gnu::always_inline]] inline void wide_bytes(typename V::F (&part)[R], typename V::Raw bytes, typename V::F zero,
+                                              const float* const (&x)[R], int64_t k) {
+  wide_byte<V, 0, R>(part, bytes, zero, x, k);
+  wide_byte<V, 1, R>(part, bytes, zero, x, k);
+  wide_byte<V, 2, R>(part, bytes, zero, x, k);
+  wide_byte<V, 3, R>(part, bytes, zero, x, k);
 }
 
 template <class V, template <class> class Codes, int TILE, int R, class A>
@@ -225,8 +234,8 @@ inline void wide_groups(const Phase& phase, float* sums, const char* w, int64_t 
     for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, ahead.move(TILE)) {
       const typename V::Raw raw = V::load_raw(codes);
       ahead.template prefetch<V>(vector);
-      wide_bytes<V, 0, R>(part, C::template bytes<0>(raw), zero, x, s * C::kStep);
-      if constexpr (C::kStep == 8) wide_bytes<V, 0, R>(part, C::template bytes<1>(raw), zero, x, s * C::kStep + 4);
+      wide_bytes<V, R>(part, C::template bytes<0>(raw), zero, x, s * C::kStep);
+      if constexpr (C::kStep == 8) wide_bytes<V, R>(part, C::template bytes<1>(raw), zero, x, s * C::kStep + 4);
     }
     const typename V::F scale = V::load_f16(reinterpret_cast<const uint16_t*>(block.scales));
     for (int r = 0; r < R; ++r) {

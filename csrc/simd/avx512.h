@@ -37,10 +37,7 @@ struct Avx512 {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // a * 2^n, n integral and in [-126, 127]
-  static F scale(F a, F n) {
-    __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
-    return _mm512_mul_ps(a, _mm512_castsi512_ps(exponent));
-  }
+  static F scale(F a, F n) { return _mm512_scalef_ps(a, n); }
   // lanes below n keep a, the others take b
   static F first(int64_t n, F a, F b) {
     return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1), b, a);
@@ -64,6 +61,12 @@ struct Avx512 {
   static F even_bf16(Raw w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
   static F odd_bf16(Raw w) { return _mm512_castsi512_ps(_mm512_maskz_mov_epi16(0xAAAAAAAAu, w)); }
 #ifdef __AVX512BF16__
+  // Rounds to nearest even, subnormals to zero, as the dot product takes them; gives what they are now.
+  static F round_bf16(uint16_t* p, F x) {
+    const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
   // acc += w[2i] * x[0] + w[2i+1] * x[1] in each lane i
   static F dot_bf16(F acc, Raw w, const uint16_t* x) {
     int pair;

@@ -35,7 +35,10 @@ def expected_log(program: Program, worker: int, *, last_pos: int, head: bool) ->
         if phase.op is Op.ATTEND:  # chunks that no row has reached yet hold nothing
             per_chunk = program.spec.layers[phase.layer].n_kv_heads  # of the one group
             end = min(end, (last_pos // KEY_CHUNK + 1) * per_chunk)
-        entries += [(p, UNIT, unit, 0) for unit in range(span.begin, end, span.step)]
+        units = list(range(span.begin, end, span.step))
+        if phase.op is Op.ATTEND:  # one head after the other, as the cache lies
+            units.sort(key=lambda unit: unit % per_chunk)
+        entries += [(p, UNIT, unit, 0) for unit in units]
     return entries
 
 

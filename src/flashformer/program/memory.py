@@ -28,8 +28,9 @@ def head_dim_padded(layer: LayerSpec, layout: Layout) -> int:
 def layer_kv_elements(layer: LayerSpec, target: Target) -> tuple[int, int]:
     """Of keys and of values.
 
-    Lanes: (streams, n_kv_heads, ctx/16, head_dim, 16) and (streams, n_kv_heads, ctx, head_dim padded). Fragments:
-    (streams, n_kv_heads, ctx, head_dim padded) and (streams, n_kv_heads, chunks, head_dim padded, 256).
+    Lanes: (streams, n_kv_heads, chunks), of a chunk keys (256/16, head_dim, 16), then values (256, head_dim padded);
+    the last chunk ends with ctx. Fragments: (streams, n_kv_heads, ctx, head_dim padded), and behind all of these
+    (streams, n_kv_heads, chunks, head_dim padded, 256).
     """
     lanes, padded_dim = target.layout is Layout.LANES, head_dim_padded(layer, target.layout)
     positions = target.streams * layer.n_kv_heads * ctx_padded(target)

@@ -127,13 +127,13 @@ def rope_begin(program: Program) -> int:
 
 
 def _kv_offsets(program: Program) -> list[tuple[int, int]]:
-    """Per layer: byte offsets in the KV cache of its keys and its values."""
+    """Per layer: byte offsets in the KV cache of its keys and, where they lie behind all keys, its values."""
     offsets, end = [], 0
     target = program.target
     for layer in program.spec.layers:
         keys, values = layer_kv_elements(layer, target)
         size = target.kv_format.element_bytes
-        offsets.append((end * size, (end + keys) * size))
+        offsets.append((end * size, (end + keys) * size if target.layout is Layout.FRAGMENTS else -1))
         end += keys + values
     return offsets
 
