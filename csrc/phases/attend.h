@@ -3,11 +3,13 @@
 // and appends the keys and values of the rows whose positions lie in its chunk. Gives, per (row, head, chunk): values
 // weighted by exp(score - max), the maximum and the sum; o_proj merges chunks in position order. Scores are taken over
 // 16 keys at a time (a lane owns a key), values key after key (a lane owns an element), so no sum depends on which rows
-// or workers are about. A worker takes its chunks of one head after the other, as they lie in the cache: keys, values,
-// keys, values, one stream, which is prefetched kAheadBytes early, and further while exponentials are computed.
+// or workers are about. A worker takes its chunks of one head after the other, as they lie in the cache, keys, values,
+// keys, values: one stream where it has all chunks of a head, prefetched kAheadBytes early, and further while
+// exponentials are computed.
 #pragma once
 
 #include <cfloat>
+#include <numeric>
 
 #include "heads.h"
 #include "kv.h"
@@ -16,7 +18,7 @@
 namespace flashformer {
 
 constexpr int64_t kAheadBytes = 4096;
-constexpr int64_t kThinkingBytes = 8192;  // of the values of a whole chunk: prefetched while no memory is read
+constexpr int64_t kThinkingBytes = 12288;  // of the values of a whole chunk: prefetched while no memory is read
 
 template <class T>
 inline const char* ahead_of(const T* p) {
@@ -160,7 +162,7 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
       score_block<V, KV, P - p>(query + p, block, phase.head_dim, scale, scores + p * kKeyChunk + b * kLanes);
     }
   }
-  const char* meanwhile = ahead_of(values + least * stride);
+  const char* meanwhile = reinterpret_cast<const char*>(values + least * stride);
   constexpr int64_t kShare = kThinkingBytes / (kKeyChunk / kLanes) / P / 64 * 64;  // for 16 keys of a query
   for (int p = 0; p < P; ++p) {
     exponentiate<V, KV>(query[p], softcap, phase.softcap > 0, scores + p * kKeyChunk,
@@ -249,15 +251,20 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
     if (last / kKeyChunk + 1 > chunks) chunks = last / kKeyChunk + 1;
   }
   const int64_t end = span.end < chunks * groups * heads ? span.end : chunks * groups * heads;
-  const int64_t streams = groups * heads;  // of chunks, which lie one behind the other
+  const int64_t streams = groups * heads;             // of chunks, which lie one behind the other
+  const int64_t turn = std::lcm(streams, span.step);  // so far apart are a worker's units of a stream
   bool any = false;
   for (int64_t stream = 0; stream < streams; ++stream) {
-    for (int64_t unit = first_chunk * streams + stream; unit < end; unit += streams) {
-      if (unit < span.begin || (unit - span.begin) % span.step > 0) continue;
-      if (!any) qk_factors<V>(worker, phase);
-      any = true;
-      worker.begin_unit(unit);
-      attend_unit<V, KV>(worker, phase, unit_at(forward, phase, unit));
+    const int64_t first = first_chunk * streams + stream;
+    for (int64_t unit = first; unit < first + turn; unit += streams) {
+      if ((unit - span.begin) % span.step != 0) continue;
+      for (int64_t mine = unit; mine < end; mine += turn) {
+        if (mine < span.begin) continue;
+        if (!any) qk_factors<V>(worker, phase);
+        any = true;
+        worker.begin_unit(mine);
+        attend_unit<V, KV>(worker, phase, unit_at(forward, phase, mine));
+      }
     }
   }
 }

@@ -4,9 +4,10 @@
 // rows, so a row's bits do not depend on its company. A tile (vectors * 16 outputs, all of k) is cut into blocks of
 // k that stay in the first-level cache while all rows pass over them, a few at once; sums rest in scratch between
 // blocks. While a block is computed, the block that this worker reads next is prefetched, across tiles and phases, in
-// order and at an even pace: every pass takes its share. Rows that pass all at once read the tape as one stream, which
-// the hardware fetches ahead better than we do: one row has no prefetches, several name the line that is being read,
-// which lets loads run ahead of products (docs/measuring.md).
+// order and at an even pace: every pass takes its share. Where all rows pass at once, a tile is not cut: the tape is
+// one stream (of every nth line where registers do not hold a tile's vectors), which the hardware fetches ahead better
+// than we do. One row has no prefetches, several name the line that is being read, which lets loads run ahead of
+// products (docs/measuring.md).
 #pragma once
 
 #include <algorithm>

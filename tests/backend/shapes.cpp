@@ -24,11 +24,17 @@ void print(const char* kind, const char* weights, int vectors, int rows) {
   std::printf("%s %d %s %d %d\n", kind, vectors * rows * kRegisters, weights, vectors, rows);
 }
 
+// Instances of a product: one row alone has its own, without prefetches.
+void print_product(const char* kind, const char* weights, int vectors, int rows) {
+  print(kind, weights, vectors, rows);
+  if (rows == 1) print(kind, weights, vectors, rows);
+}
+
 template <class W>
 void plain(const char* kind, const char* weights) {
   for (int tile : {1, 2, 4}) {
     for (int rows = 1; rows <= Plain<V, W>::kRowsAtOnce; ++rows) {
-      print(kind, weights, W::kAtOnce.vectors_of(tile, rows), rows);
+      print_product(kind, weights, W::kAtOnce.vectors_of(tile, rows), rows);
     }
   }
 }
@@ -39,10 +45,10 @@ concept Narrow = requires(typename T::I acc, typename T::Raw w, typename T::X4 x
 template <template <class> class Codes>
 void quantized(const char* weights) {
   for (int tile : {1, 2, 4}) {
-    for (int rows = 1; rows <= QuantWide<V, Codes>::kRowsAtOnce; ++rows) print("fma", weights, 1, rows);
+    for (int rows = 1; rows <= QuantWide<V, Codes>::kRowsAtOnce; ++rows) print_product("fma", weights, 1, rows);
     if constexpr (Narrow<V>) {
       for (int rows = 1; rows <= QuantNarrow<V, Codes>::kRowsAtOnce; ++rows) {
-        print("bytes", weights, QuantNarrow<V, Codes>::kAtOnce.vectors_of(tile, rows), rows);
+        print_product("bytes", weights, QuantNarrow<V, Codes>::kAtOnce.vectors_of(tile, rows), rows);
       }
     }
   }
