@@ -250,21 +250,17 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
     if (first < first_chunk) first_chunk = first;
     if (last / kKeyChunk + 1 > chunks) chunks = last / kKeyChunk + 1;
   }
-  const int64_t end = span.end < chunks * groups * heads ? span.end : chunks * groups * heads;
   const int64_t streams = groups * heads;             // of chunks, which lie one behind the other
   const int64_t turn = std::lcm(streams, span.step);  // so far apart are a worker's units of a stream
+  const int64_t end = span.end < chunks * streams ? span.end : chunks * streams;
   bool any = false;
-  for (int64_t stream = 0; stream < streams; ++stream) {
-    const int64_t first = first_chunk * streams + stream;
-    for (int64_t unit = first; unit < first + turn; unit += streams) {
-      if ((unit - span.begin) % span.step != 0) continue;
-      for (int64_t mine = unit; mine < end; mine += turn) {
-        if (mine < span.begin) continue;
-        if (!any) qk_factors<V>(worker, phase);
-        any = true;
-        worker.begin_unit(mine);
-        attend_unit<V, KV>(worker, phase, unit_at(forward, phase, mine));
-      }
+  for (int64_t first = span.begin; first < span.begin + turn; first += span.step) {
+    for (int64_t unit = first; unit < end; unit += turn) {
+      if (unit < first_chunk * streams) continue;
+      if (!any) qk_factors<V>(worker, phase);
+      any = true;
+      worker.begin_unit(unit);
+      attend_unit<V, KV>(worker, phase, unit_at(forward, phase, unit));
     }
   }
 }

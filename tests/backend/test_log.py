@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext, suppress
 
 import numpy as np
@@ -37,7 +38,8 @@ def expected_log(program: Program, worker: int, *, last_pos: int, head: bool) ->
             end = min(end, (last_pos // KEY_CHUNK + 1) * per_chunk)
         units = list(range(span.begin, end, span.step))
         if phase.op is Op.ATTEND:  # one head after the other, as the cache lies
-            units.sort(key=lambda unit: unit % per_chunk)
+            turn = math.lcm(per_chunk, span.step)
+            units.sort(key=lambda unit: (unit - span.begin) % turn)
         entries += [(p, UNIT, unit, 0) for unit in units]
     return entries
 
