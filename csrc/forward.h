@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "generated/program.h"
+#include "share.h"
 #include "simd/thread.h"
 
 namespace flashformer {
@@ -34,7 +35,8 @@ struct Forward {
   const int64_t* tape_begin;  // (n_workers + 1)
   char* weights;
   char* kv;
-  char* work;  // buffers, rope table, scratch
+  char* work;     // buffers, rope table, scratch
+  Share* shares;  // (n_workers)
   RowArrays row;
   int32_t n_rows, n_groups, n_head_rows;
   Group groups[kMaxStreams];
@@ -143,6 +145,44 @@ struct Worker {
     delays.maybe();
     if (log) log->add(static_cast<int32_t>(phase), kLogUnit, unit);
   }
+  // Calls each(owner, i) for units of this phase until nobody has any: the i-th of those dealt to `owner`, of
+  // n_units(owner).
+  template <class Count, class Each>
+  void each_unit(const Phase& at, Count n_units, Each each) {
+    Share& own = forward->shares[index];
+    Dealt mine = {index, 0, n_units(index)};
+    const auto take = [&](Dealt& unit) {
+      if (at.shared) {
+        while (!own.take_first(phase, mine, unit)) {
+          if (!take_over(n_units)) return false;
+        }
+        return true;
+      }
+      unit = mine;
+      return mine.begin++ < mine.end;
+    };
+    for (Dealt unit; take(unit);) each(unit.owner, unit.begin);
+  }
+  // Half of what the worker with most left has becomes this one's, which has nothing left. false: nobody has.
+  template <class Count>
+  bool take_over(Count n_units) {
+    Share* shares = forward->shares;
+    while (true) {
+      Dealt from = {0, 0, 0};
+      int64_t most = 0;
+      for (int64_t w = 0; w < forward->model.n_workers; ++w) {
+        const Dealt dealt = {w, 0, n_units(w)};
+        const int64_t left = shares[w].left(phase, dealt);
+        if (left > most) most = left, from = dealt;
+      }
+      if (most == 0) return false;
+      if (Dealt half; shares[from.owner].take_half(phase, from, half)) {
+        shares[index].put(phase, half);
+        return true;
+      }
+    }
+  }
+  const Span& span_of(int64_t w) const { return forward->schedule[phase * forward->model.n_workers + w]; }
   // The worker's byte range of this phase.
   const char* take_tape_item() {
     const TapeItem& item = *tape++;

@@ -17,6 +17,7 @@ Kernel::Kernel(KernelArrays arrays, const PhaseTable& table, const KernelOptions
       table_(table),
       n_adjustments_(options.n_adjustments),
       forward_{},
+      shares_(static_cast<std::size_t>(arrays_.model.n_workers)),
       team_(static_cast<int>(arrays_.model.n_workers), options.spins, options.cpus, [this](int w) { this->work(w); }) {
   forward_.model = arrays_.model;
   forward_.phases = arrays_.phases.data();
@@ -26,6 +27,7 @@ Kernel::Kernel(KernelArrays arrays, const PhaseTable& table, const KernelOptions
   forward_.weights = weights;
   forward_.kv = kv;
   forward_.work = work;
+  forward_.shares = shares_.data();
   const std::size_t n = static_cast<std::size_t>(arrays_.model.n_workers);
   log_entries_.resize(n);
   logs_.resize(n);
@@ -108,6 +110,7 @@ void Kernel::place_rows(const RowArrays& rows, int64_t n_rows) {
     if (rows.want[r] != kWantNothing) forward_.head_row[forward_.n_head_rows++] = r;
   }
   forward_.first_bad_place = kNoPlace;
+  for (Share& share : shares_) share.clear();
   n_phases_ = forward_.n_head_rows ? arrays_.model.n_phases : arrays_.model.head_begin;
 }
 

@@ -67,6 +67,7 @@ class Kernel {
   PhaseTable table_;
   int64_t n_adjustments_;
   Forward forward_;
+  std::vector<Share> shares_;
   int64_t n_phases_ = 0;  // of the forward under way
   std::vector<std::vector<LogEntry>> log_entries_;
   std::vector<Log> logs_;

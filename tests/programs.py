@@ -12,7 +12,7 @@ from flashformer.formats import BF16, F32, Format
 from flashformer.model import Activation, LayerSpec, ModelSpec, RopeKind, RopeSpec
 from flashformer.program import Program, Target, build
 from flashformer.program.ir import Phase, Space, Span
-from flashformer.program.ops import OPS
+from flashformer.program.ops import OPS, is_shared
 from flashformer.program.tape import make_tapes
 
 Task = tuple[int, int]  # phase, worker
@@ -85,11 +85,14 @@ def _conflicts(phases_key: tuple[tuple[object, ...], ...], holder: _Holder) -> f
     sound = holder.program
     workers = range(sound.target.n_workers)
     touched = {(p, w): _touched(sound, phase, w) for p, phase in enumerate(sound.phases) for w in workers}
+    shared = [is_shared(sound, phase) for phase in sound.phases]  # whose units are anybody's
     return frozenset(
         (a, b)
         for a, (reads_a, writes_a) in touched.items()
         for b, (reads_b, writes_b) in touched.items()
-        if a[1] != b[1] and a[0] <= b[0] and (writes_a & (reads_b | writes_b) or reads_a & writes_b)
+        if a[1] != b[1]
+        and a[0] <= b[0]
+        and (writes_a & (reads_b | writes_b) or reads_a & writes_b or (a[0] < b[0] and (shared[a[0]] or shared[b[0]])))
     )
 
 
@@ -107,7 +110,8 @@ class _Holder:
 
 
 def conflicts(sound: Program) -> frozenset[tuple[Task, Task]]:
-    """Pairs (earlier or same phase, later phase) of tasks of different workers that touch the same coordinate."""
+    """Pairs (earlier or same phase, later phase) of tasks of different workers that touch the same coordinate, or may,
+    as units change hands."""
     key = tuple((phase.op, phase.layer, phase.matrix, phase.spans, phase.fold, phase.to) for phase in sound.phases)
     return _conflicts((*key, (sound.spec, sound.target)), _Holder(sound))
 

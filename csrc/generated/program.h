@@ -93,6 +93,7 @@ struct Phase {
   int64_t op;
   int64_t layer;
   int64_t n_units;
+  int64_t shared;
   int64_t matrix;
   int64_t tile_bytes;
   int64_t vectors;
@@ -133,7 +134,7 @@ struct Phase {
   double attention_scale;
   double softcap;
 };
-static_assert(sizeof(Phase) == 336);
+static_assert(sizeof(Phase) == 344);
 
 struct Span {
   int64_t begin;

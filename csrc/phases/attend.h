@@ -252,17 +252,19 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
   }
   const int64_t streams = groups * heads;             // of chunks, which lie one behind the other
   const int64_t turn = std::lcm(streams, span.step);  // so far apart are a worker's units of a stream
-  const int64_t end = span.end < chunks * streams ? span.end : chunks * streams;
+  const int64_t begin = first_chunk * streams, end = chunks * streams;
+  const int64_t first_turn = begin / turn, turns = (end + turn - 1) / turn - first_turn;
+  const auto n_units = [&](int64_t w) { return worker.span_of(w).begin < end ? turn / span.step * turns : 0; };
   bool any = false;
-  for (int64_t first = span.begin; first < span.begin + turn; first += span.step) {
-    for (int64_t unit = first; unit < end; unit += turn) {
-      if (unit < first_chunk * streams) continue;
-      if (!any) qk_factors<V>(worker, phase);
-      any = true;
-      worker.begin_unit(unit);
-      attend_unit<V, KV>(worker, phase, unit_at(forward, phase, unit));
-    }
-  }
+  worker.each_unit(phase, n_units, [&](int64_t owner, int64_t i) {
+    const Span& dealt = worker.span_of(owner);
+    const int64_t unit = dealt.begin + i / turns * span.step + (first_turn + i % turns) * turn;
+    if (unit < begin || unit >= end || unit >= dealt.end) return;
+    if (!any) qk_factors<V>(worker, phase);
+    any = true;
+    worker.begin_unit(unit);
+    attend_unit<V, KV>(worker, phase, unit_at(forward, phase, unit));
+  });
 }
 
 }  // namespace flashformer

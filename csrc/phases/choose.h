@@ -11,6 +11,11 @@
 
 namespace flashformer {
 
+// Ties go to the lower id; a best without a token has none yet.
+inline bool is_better(const Candidate& other, const Candidate& best) {
+  return best.token < 0 || other.score > best.score || (other.score == best.score && other.token < best.token);
+}
+
 // Whether a row needs all its logits to choose a token.
 inline bool chooses_from_logits(const RowArrays& row, int32_t r) {
   const bool filters = row.top_k[r] > 0 || row.top_p[r] < 1 || row.min_p[r] > 0;

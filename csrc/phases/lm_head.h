@@ -12,12 +12,13 @@
 
 namespace flashformer {
 
-// The best of one vector of 16 scores, token ids from `first`.
+// The best of one vector of 16 scores, token ids from `first`, in whatever order vectors come.
 template <class V>
 inline void improve(Candidate& best, const float* scores, int64_t first, int64_t vocab_size) {
-  if (best.token >= 0 && first + kLanes <= vocab_size && !(max_lanes<V>(V::load(scores)) > best.score)) return;
+  if (best.token >= 0 && first + kLanes <= vocab_size && max_lanes<V>(V::load(scores)) < best.score) return;
   for (int64_t i = 0; i < kLanes && first + i < vocab_size; ++i) {
-    if (scores[i] > best.score || best.token < 0) best = {scores[i], static_cast<int32_t>(first + i)};
+    const Candidate other = {scores[i], static_cast<int32_t>(first + i)};
+    if (is_better(other, best)) best = other;
   }
 }
 

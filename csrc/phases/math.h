@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../simd/f4.h"
+
 namespace flashformer {
 
 // e^x for x <= 88; e^-87.3, about 1e-38, for all below. Cody-Waite reduction by ln 2, then a polynomial of degree 6;
@@ -22,14 +24,6 @@ inline typename V::F exp(typename V::F x) {
   p = V::fma(p, r, V::set1(5.0000001201e-1f));
   p = V::fma(p, V::mul(r, r), r);
   return V::scale(V::add(p, V::set1(1.0f)), n);
-}
-
-// e^x of one number, by the same steps as 16 lanes take.
-template <class V>
-inline float exp1(float x) {
-  float lanes[16];
-  V::store(lanes, exp<V>(V::set1(x)));
-  return lanes[0];
 }
 
 template <class V>
@@ -59,25 +53,23 @@ inline typename V::F soft_capped(typename V::F x, typename V::F softcap) {
   return V::mul(tanh, softcap);
 }
 
-// The sum and the maximum of 16 lanes by one fixed tree.
+// All lanes of x by one fixed tree: lane i meets lane i + 8, then i + 4, i + 2, i + 1. both: of two vectors of 4.
+template <class V, class Both>
+inline float fold_lanes(typename V::F x, Both both) {
+  const Quarters q = V::quarters(x);
+  const F4 four = both(both(q[0], q[2]), both(q[1], q[3]));
+  const F4 two = both(four, F4{four[2], four[3], four[2], four[3]});
+  return both(two, F4{two[1], two[1], two[1], two[1]})[0];
+}
+
 template <class V>
 inline float sum_lanes(typename V::F x) {
-  float lanes[16];
-  V::store(lanes, x);
-  for (int half = 8; half; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return fold_lanes<V>(x, [](F4 a, F4 b) { return a + b; });
 }
 
 template <class V>
 inline float max_lanes(typename V::F x) {
-  float lanes[16];
-  V::store(lanes, x);
-  for (int half = 8; half; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  }
-  return lanes[0];
+  return fold_lanes<V>(x, [](F4 a, F4 b) { return a > b ? a : b; });
 }
 
 // ln x of 16 normal positive numbers (Cephes' logf polynomial on [sqrt(1/2), sqrt(2)), error about 1 ulp).

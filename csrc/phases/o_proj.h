@@ -13,18 +13,25 @@ namespace flashformer {
 template <class V, class X>
 inline void merge_chunks(const Forward& forward, const Phase& phase, int64_t partial, int64_t n_chunks, X* out) {
   using F = typename V::F;
-  const float* sums = forward.partial_sums(partial);
-  float most = sums[0];
-  for (int64_t c = 1; c < n_chunks; ++c) most = sums[2 * c] > most ? sums[2 * c] : most;
+  const float* max_and_sum = forward.partial_sums(partial);
+  float most = max_and_sum[0];
+  for (int64_t c = 1; c < n_chunks; ++c) most = max_and_sum[2 * c] > most ? max_and_sum[2 * c] : most;
   float values[kMaxHeadDim];
   for (int64_t d = 0; d < phase.head_dim_padded; d += kLanes) V::store(values + d, V::zero());
   float total = 0;
-  for (int64_t c = 0; c < n_chunks; ++c) {
-    const float weight = exp1<V>(sums[2 * c] - most);
-    total += weight * sums[2 * c + 1];
-    const float* chunk = forward.partial_values(partial + c);
+  for (int64_t c = 0; c < n_chunks; c += kLanes) {
+    const int64_t n = n_chunks - c < kLanes ? n_chunks - c : kLanes;
+    float weights[kLanes] = {};  // of chunk c + i
+    for (int64_t i = 0; i < n; ++i) weights[i] = max_and_sum[2 * (c + i)];
+    V::store(weights, exp<V>(V::sub(V::load(weights), V::set1(most))));
+    for (int64_t i = 0; i < n; ++i) total += weights[i] * max_and_sum[2 * (c + i) + 1];
+    const float* chunks = forward.partial_values(partial + c);
     for (int64_t d = 0; d < phase.head_dim_padded; d += kLanes) {
-      V::store(values + d, V::fma(V::set1(weight), V::load(chunk + d), V::load(values + d)));
+      F sum = V::load(values + d);
+      for (int64_t i = 0; i < n; ++i) {
+        sum = V::fma(V::set1(weights[i]), V::load(chunks + i * forward.model.partial_stride + d), sum);
+      }
+      V::store(values + d, sum);
     }
   }
   const F divisor = V::set1(total);

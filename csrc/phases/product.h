@@ -155,17 +155,21 @@ void product_tile(const Phase& phase, float* sums, const char* w, const In& in, 
   }
 }
 
-// All tiles of a worker's span. finish(first output, sums (n_rows, kPad)) is called after each tile.
+// The tiles of a phase, those of this worker's span first. finish(first output, sums (n_rows, kPad)) is called after
+// each.
 template <class V, class W, class Finish>
 inline void product(Worker& worker, const Phase& phase, const Span& span, const Input<typename W::X>& rows,
                     int64_t n_rows, Finish finish) {
   if (span.begin >= span.end) return;
   const auto in = W::take(worker, phase, rows, n_rows);
-  const char* tile = worker.take_tape_item();
+  const char* tiles = worker.take_tape_item() - span.begin * phase.tile_bytes;  // of the phase, one behind the other
   float* sums = worker.sums();
-  for (int64_t unit = span.begin; unit < span.end; unit += span.step) {
+  const auto n_tiles = [&](int64_t w) { return worker.span_of(w).end - worker.span_of(w).begin; };
+  worker.each_unit(phase, n_tiles, [&](int64_t owner, int64_t i) {
+    const int64_t unit = worker.span_of(owner).begin + i;
     worker.begin_unit(unit);
-    const char* next = unit + span.step < span.end ? tile + phase.tile_bytes : worker.tape_ahead();
+    const char* tile = tiles + unit * phase.tile_bytes;
+    const char* next = unit + 1 < worker.span_of(owner).end ? tile + phase.tile_bytes : worker.tape_ahead();
     switch (phase.vectors) {
       case 1:
         product_tile<V, W, 1>(phase, sums, tile, in, n_rows, next);
@@ -177,8 +181,7 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
         product_tile<V, W, 4>(phase, sums, tile, in, n_rows, next);
     }
     finish(unit * phase.vectors * kLanes, sums);
-    tile += phase.tile_bytes;
-  }
+  });
 }
 
 }  // namespace flashformer

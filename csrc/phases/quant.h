@@ -29,20 +29,22 @@ struct QuantInput {
 template <class V>
 inline void quantize_row(const float* x, int64_t n, int64_t group, int8_t* out, float* scales, int32_t* sums) {
   using F = typename V::F;
+  const auto element = [&](int64_t i) {
+    return i + kLanes <= n ? V::load(x + i) : i < n ? V::first(n - i, V::load(x + i), V::zero()) : V::zero();
+  };
   for (int64_t begin = 0, g = 0; begin < n; begin += group, ++g) {
     F most = V::zero(), poison = V::zero();
     for (int64_t i = begin; i < begin + group; i += kLanes) {
-      const F v = i < n ? V::first(n - i, V::load(x + i), V::zero()) : V::zero();
+      const F v = element(i);
       most = V::max(most, V::max(v, V::sub(V::zero(), v)));
       poison = V::fma(v, V::zero(), poison);
     }
     const float largest = max_lanes<V>(most);
-    const bool finite = sum_lanes<V>(poison) == 0.0f, empty = largest < 1e-30f;
+    const bool finite = V::all_zero(poison), empty = largest < 1e-30f;
     const F inverse = V::set1(finite && !empty ? 127.0f / largest : 0.0f);
     F sum = V::zero();  // exact: integers far below 2^24
     for (int64_t i = begin; i < begin + group; i += kLanes) {
-      const F v = i < n ? V::first(n - i, V::load(x + i), V::zero()) : V::zero();
-      const F steps = finite ? V::round(V::mul(v, inverse)) : V::zero();
+      const F steps = finite ? V::round(V::mul(element(i), inverse)) : V::zero();
       V::store_i8(out + i, steps);
       sum = V::add(sum, steps);
     }

@@ -22,10 +22,7 @@ void sample(Worker& worker, const Phase&, const Span& span) {
     Candidate best = {0, -1};
     for (int64_t w = 0; w < forward.model.n_workers; ++w) {
       const Candidate& other = forward.candidates(w)[unit];
-      if (other.token < 0) continue;
-      const bool better =
-          best.token < 0 || other.score > best.score || (other.score == best.score && other.token < best.token);
-      if (better) best = other;
+      if (other.token >= 0 && is_better(other, best)) best = other;
     }
     forward.tokens()[unit] = best.token;
   }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "at_once.h"
+#include "f4.h"
 
 namespace flashformer {
 
@@ -53,6 +54,16 @@ struct Avx2 {
     const __m256i high = _mm256_cmpgt_epi32(count, _mm256_add_epi32(lane, _mm256_set1_epi32(8)));
     return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(low)),
             _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(high))};
+  }
+
+  static Quarters quarters(F x) {
+    return {_mm256_castps256_ps128(x.a), _mm256_extractf128_ps(x.a, 1), _mm256_castps256_ps128(x.b),
+            _mm256_extractf128_ps(x.b, 1)};
+  }
+  static bool all_zero(F x) {
+    const __m256 none = _mm256_setzero_ps();
+    const __m256 both = _mm256_and_ps(_mm256_cmp_ps(x.a, none, _CMP_EQ_OQ), _mm256_cmp_ps(x.b, none, _CMP_EQ_OQ));
+    return _mm256_movemask_ps(both) == 0xFF;
   }
 
   static F load_bf16(const uint16_t* p) { return {widen8(p), widen8(p + 8)}; }

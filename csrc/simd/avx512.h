@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "at_once.h"
+#include "f4.h"
 
 namespace flashformer {
 
@@ -42,6 +43,12 @@ struct Avx512 {
   static F first(int64_t n, F a, F b) {
     return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << (n < 16 ? n : 16)) - 1), b, a);
   }
+
+  static Quarters quarters(F x) {
+    return {_mm512_castps512_ps128(x), _mm512_extractf32x4_ps(x, 1), _mm512_extractf32x4_ps(x, 2),
+            _mm512_extractf32x4_ps(x, 3)};
+  }
+  static bool all_zero(F x) { return _mm512_cmp_ps_mask(x, zero(), _CMP_EQ_OQ) == 0xFFFF; }  // NaN is not
 
   static F load_bf16(const uint16_t* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -6,11 +6,11 @@
 #include <cstring>
 
 #include "at_once.h"
+#include "f4.h"
 
 namespace flashformer {
 
 struct Portable {
-  using F4 = float __attribute__((vector_size(16)));
   using U4 = uint32_t __attribute__((vector_size(16)));
   using I4 = int32_t __attribute__((vector_size(16)));
   struct F {
@@ -79,6 +79,13 @@ struct Portable {
       I4 keep = I4{0, 1, 2, 3} < I4{left, left, left, left};
       return keep ? x.q[i] : y.q[i];
     });
+  }
+
+  static Quarters quarters(F x) { return {x.q[0], x.q[1], x.q[2], x.q[3]}; }
+  static bool all_zero(F x) {
+    bool zero = true;
+    for (int i = 0; i < 16; ++i) zero = zero && x.q[i / 4][i % 4] == 0;
+    return zero;
   }
 
   static F load_bf16(const uint16_t* p) {

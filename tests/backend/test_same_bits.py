@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cpu_kernels import cpu_kernel, greedy, prefill, prompt_logits
@@ -11,6 +13,7 @@ from tiny import put, relative_error
 
 from flashformer import _cpu
 from flashformer.backends.base import Want
+from flashformer.checkpoint.tensor import Tensor
 from flashformer.formats import BF16, F32, Format
 
 FORMATS = [(F32, F32), (BF16, BF16), (BF16, F32)]
@@ -66,6 +69,20 @@ def test_random_delays(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert prefill(kernel, prompt, chunk=1 + run % 9).tobytes() == expected
                 runs += 1
     assert runs >= 1000
+
+
+def test_ties_go_to_the_lowest_id_whoever_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All logits are equal, and workers that stall leave tiles with low ids to those that had higher ones."""
+    monkeypatch.setenv("FLASHFORMER_DELAYS", "3")
+    model = replace(MODEL, tied=False).make(4)
+    head = model.tensors["lm_head"]
+    nothing = Tensor(head.name, head.format, np.zeros_like(head.data))
+    model = replace(model, tensors={**model.tensors, "lm_head": nothing})
+    with cpu_kernel(model, n_workers=3) as kernel:
+        for pos in range(150):
+            put(kernel, 0, [5], pos=pos, slot=0, want=Want.TOKEN)
+            kernel.forward(1)
+            assert kernel.tokens[0] == 0
 
 
 @pytest.mark.parametrize(("weights", "kv"), FORMATS, ids=lambda f: f.name)

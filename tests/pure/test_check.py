@@ -18,7 +18,7 @@ from flashformer.model import shape_names
 from flashformer.model.outline import read_outline
 from flashformer.program import Target, build
 from flashformer.program.ir import Layout, Op, Space, Span
-from flashformer.program.ops import written_extent
+from flashformer.program.ops import OPS, written_extent
 
 GPUS = (78, 108, 132, 148)  # multiprocessors
 
@@ -92,6 +92,41 @@ def test_overlap_within_a_phase_is_named() -> None:
     first = down.spans[0].end * width
     assert f"coverage: phase 5 (down, layer 0): unit {down.spans[0].end} of {down.n_units} is executed by" in message
     assert f"residual[{first}] is written by worker 0 by [0, {first + width})" in message
+
+
+def test_a_shared_phase_is_alone() -> None:
+    """A wait that the spans alone would bear: nobody but worker 1 touches what it does a phase early."""
+    sound = program(spec(n_layers=2), 2)
+    attend, o_proj = 7, 8
+    empty = with_wait(sound, o_proj, 1, sound.phases[o_proj].waits[1] - 1)
+    found = [finding.message for finding in findings(empty) if finding.rule == "share"]
+    assert len(found) == 1
+    assert "worker 1 can be in phase 8 (o_proj, layer 1) while worker 0 is in phase 7 (attend, layer 1)" in found[0]
+    assert f"units of phase {attend} (attend, layer 1) change hands; a wait of at least 16 is needed" in found[0]
+
+
+def test_units_that_touch_each_other_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two units of one worker, which the spans keep in order."""
+    sound = program(spec(d_model=320, n_layers=2), 2)
+    down = next(phase for phase in sound.phases if phase.op is Op.DOWN)
+    assert min(len(span) for span in down.spans) > 1
+    for kind in ("reads", "writes"):
+        info = OPS[Op.DOWN]
+
+        def wide(sound, phase, worker, info=info, kind=kind):  # type: ignore[no-untyped-def]
+            """The last unit of all touches the one before as well, as long as one worker has both."""
+            more = int(len(phase.spans) == phase.n_units and worker == phase.n_units - 1)
+            return tuple(
+                dataclasses.replace(r, begin=r.begin - more * (r.space is Space.RESIDUAL))
+                for r in getattr(info, kind)(sound, phase, worker)
+            )
+
+        monkeypatch.setitem(OPS, Op.DOWN, dataclasses.replace(info, **{kind: wide}))
+        found = [finding for finding in findings(sound) if finding.rule == "share"]
+        assert len(found) == 1, kind  # one for both layers
+        assert "phase 5 (down, layer 0)" in found[0].message
+        monkeypatch.setitem(OPS, Op.DOWN, info)
+    assert findings(sound) == []
 
 
 def test_wait_that_nobody_can_satisfy_is_named() -> None:

@@ -14,6 +14,7 @@ from .facts import Finding, gather
 from .faithful import faithful
 from .order import order
 from .progress import progress
+from .share import share
 
 __all__ = ["CheckedProgram", "Finding", "check", "findings"]
 
@@ -56,7 +57,7 @@ def _prove(program: Program) -> tuple[list[Finding], dict[str, int]]:
     proved |= covered
     if found:
         return found, proved
-    for more, counts in (faithful(program), order(program, facts), progress(program), balance(program)):
+    for more, counts in (faithful(program), order(program, facts), share(program), progress(program), balance(program)):
         found += more
         proved |= counts
     return found, proved

@@ -25,17 +25,24 @@ RULE = "order"
 
 def order(program: Program, facts: tuple[PhaseFacts, ...]) -> tuple[list[Finding], dict[str, int]]:
     """Findings, and how many pairs of tasks of different workers were proved ordered or independent."""
+    findings = []
+    for q, p, meet in meetings(program):
+        findings += _conflicts(program, facts, q, p, meet)
+    n_phases, n_workers = len(program.phases), program.target.n_workers
+    n_pairs = n_workers * (n_workers - 1) * n_phases**2 // 2
+    return findings, {"order": n_pairs}
+
+
+def meetings(program: Program) -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
+    """(q, p, (n_workers, n_workers)): [v, w] says whether worker v can be in phase q while w is in phase p >= q. Pairs
+    of phases that nobody can be in at once may be left out."""
     plan = schedule(program.phases)
     without = plan.arrivals_without()  # (n_phases, n_classes)
-    findings = []
-    n_phases, n_workers = len(program.phases), program.target.n_workers
-    for q in range(n_phases):
+    for q in range(len(program.phases)):
         # Some class can be in any phase up to here while some worker is still in q.
         last = int((plan.levels <= without[q].max()).sum(axis=1).max()) - 1
         for p in range(q, max(last, q) + 1):
-            findings += _conflicts(program, facts, q, p, _can_meet(plan, without[q], q, p))
-    n_pairs = n_workers * (n_workers - 1) * n_phases**2 // 2
-    return findings, {"order": n_pairs}
+            yield q, p, _can_meet(plan, without[q], q, p)
 
 
 def _can_meet(plan: Schedule, without: NDArray[np.int64], q: int, p: int) -> NDArray[np.bool_]:
@@ -82,7 +89,7 @@ def _finding(program: Program, at: tuple[int, int], v: int, region: Region, w: i
         why = "both belong to one phase, in which all workers run at once; the spans must keep them apart"
     else:
         entered = max(phase.waits[w] for phase in program.phases[: p + 1])
-        needed = _counted(program, q, v, p, w) + 1
+        needed = counted(program, q, v, p, w) + 1
         why = (
             f"missing edge {q} -> {p}: worker {w} enters phase {p} after {entered} arrivals, and {needed - 1} can be "
             f"counted while worker {v} is still in phase {q}; a wait of at least {needed} is needed"
@@ -93,7 +100,7 @@ def _finding(program: Program, at: tuple[int, int], v: int, region: Region, w: i
     )
 
 
-def _counted(program: Program, q: int, v: int, p: int, w: int) -> int:
+def counted(program: Program, q: int, v: int, p: int, w: int) -> int:
     """Arrivals that can be counted with worker v held up in phase q and worker w kept out of phase p."""
     never = program.final_wait(len(program.phases)) + 1
     waits = list(program.phases[p].waits)

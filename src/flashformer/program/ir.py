@@ -1,7 +1,7 @@
 """The Program: pure data that every backend executes and `check` proves. Nothing here computes.
 
     phases  what all workers do between two hand-offs, in order; `head_begin` cuts off lm_head and sample
-    spans   which units of a phase a worker executes
+    spans   which units of a phase a worker is dealt; it executes these, unless units change hands (ops.is_shared)
     waits   how many arrivals must have been counted before a worker starts a phase
     tapes   the byte ranges of the packed weights that a worker reads, in order
     memory  the buffers, their shapes and sizes

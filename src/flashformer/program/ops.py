@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..model.spec import LayerSpec
-from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Op, Phase, Program, Space, Span, Target
+from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Layout, Op, Phase, Program, Space, Span, Target
 
 EMBED_BLOCK = 64
 
@@ -45,12 +45,13 @@ Regions = Callable[[Program, Phase, int], tuple[Region, ...]]  # of (program, ph
 
 @dataclass(frozen=True)
 class OpInfo:
-    """`has_matrix`: the units are tiles of `phase.matrix`."""
+    """`has_matrix`: the units are tiles of `phase.matrix`. `shares`: whoever is free may execute a unit, on a CPU."""
 
     op: Op
     code: int  # the number native code knows it by
     does: str
     has_matrix: bool
+    shares: bool
     reads: Regions
     writes: Regions
 
@@ -173,30 +174,44 @@ def _sample_writes(program: Program, phase: Phase, worker: int) -> tuple[Region,
 OPS = {
     info.op: info
     for info in (
-        OpInfo(Op.EMBED, 0, "embedding row -> residual", False, _nothing, _embed_writes),
-        OpInfo(Op.QKV, 1, "norm, q k v products, bias", True, _residual_all, _qkv_writes),
+        OpInfo(Op.EMBED, 0, "embedding row -> residual", False, False, _nothing, _embed_writes),
+        OpInfo(Op.QKV, 1, "norm, q k v products, bias", True, True, _residual_all, _qkv_writes),
         OpInfo(
             Op.ATTEND,
             2,
             "q and k norm, rope, KV append; scores, exp, weighted values of one key chunk",
             False,
+            True,
             _attend_reads,
             _attend_writes,
         ),
-        OpInfo(Op.O_PROJ, 3, "merge chunks, product, residual +=", True, _o_proj_reads, _branch_writes),
-        OpInfo(Op.GATE_UP, 4, "norm, gate and up products, activation", True, _residual_all, _gate_up_writes),
-        OpInfo(Op.DOWN, 5, "product, residual +=", True, _down_reads, _branch_writes),
-        OpInfo(Op.LM_HEAD, 6, "norm, product, best token of the span", True, _residual_all, _lm_head_writes),
+        OpInfo(Op.O_PROJ, 3, "merge chunks, product, residual +=", True, True, _o_proj_reads, _branch_writes),
+        OpInfo(Op.GATE_UP, 4, "norm, gate and up products, activation", True, True, _residual_all, _gate_up_writes),
+        OpInfo(Op.DOWN, 5, "product, residual +=", True, True, _down_reads, _branch_writes),
+        OpInfo(Op.LM_HEAD, 6, "norm, product, best token of the span", True, True, _residual_all, _lm_head_writes),
         OpInfo(
             Op.SAMPLE,
             7,
             "best token of all workers, or one chosen from the logits",
+            False,
             False,
             _sample_reads,
             _sample_writes,
         ),
     )
 }
+
+
+# What csrc/share.h has room for; lists of attention's units have gaps.
+MAX_SHARED = {"phases": 2**12 - 1, "workers": 2**8, "units": 2**21}
+
+
+def is_shared(program: Program, phase: Phase) -> bool:
+    """Whether a worker that is through with its units executes those of others."""
+    target, most = program.target, MAX_SHARED
+    fits = len(program.phases) <= most["phases"] and phase.n_units <= most["units"]
+    on_cpu = target.layout is Layout.LANES and 1 < target.n_workers <= most["workers"]
+    return OPS[phase.op].shares and fits and on_cpu
 
 
 def written_extent(program: Program, phase: Phase) -> dict[Space, tuple[int, int]]:

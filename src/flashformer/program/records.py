@@ -18,7 +18,7 @@ from . import fragments
 from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Layout, Op, Phase, Program, Space
 from .lower import VECTOR_PAD, padded
 from .memory import SCORE_ROWS, ctx_padded, group_stride, head_dim_padded, input_stride, layer_kv_elements, rope_offsets
-from .ops import EMBED_BLOCK, OPS, n_chunks
+from .ops import EMBED_BLOCK, OPS, is_shared, n_chunks
 
 MODEL = np.dtype(
     [
@@ -37,7 +37,7 @@ PHASE = np.dtype(
     [
         (name, "<i8")
         for name in (
-            "op", "layer", "n_units", "matrix", "tile_bytes", "vectors", "k", "k_padded", "n_out",
+            "op", "layer", "n_units", "shared", "matrix", "tile_bytes", "vectors", "k", "k_padded", "n_out",
             "format", "scale_group", "group_bytes", "zero_points", "zero",
             "norm", "bias", "fold", "fold_norm", "to", "activation",
             "n_heads", "n_kv_heads", "head_dim", "head_dim_padded", "window", "keys", "values",
@@ -87,6 +87,7 @@ def _phase_record(program: Program, phase: Phase, record: np.void) -> None:
     """Offsets that do not apply are -1; so is `to` where a result is added to the residual."""
     buffers = {b.space: b.offset for b in program.memory.buffers}
     record["op"], record["layer"], record["n_units"] = OPS[phase.op].code, phase.layer, phase.n_units
+    record["shared"] = is_shared(program, phase)
     record["norm_eps"], record["scale"] = phase.norm_eps, phase.scale
     for name in ("matrix", "norm", "bias", "q_norm", "k_norm"):
         placed = getattr(phase, name)

@@ -91,6 +91,7 @@ struct Phase {
   i64 op;
   i64 layer;
   i64 n_units;
+  i64 shared;
   i64 matrix;
   i64 tile_bytes;
   i64 vectors;
@@ -131,7 +132,7 @@ struct Phase {
   f64 attention_scale;
   f64 softcap;
 };
-static_assert(sizeof(Phase) == 336);
+static_assert(sizeof(Phase) == 344);
 
 struct Span {
   i64 begin;
