@@ -152,20 +152,16 @@ struct Worker {
     Share& own = forward->shares[index];
     Dealt mine = {index, 0, n_units(index)};
     const auto take = [&](Dealt& unit) {
-      if (at.shared) {
-        while (!own.take_first(phase, mine, unit)) {
-          if (!take_over(n_units)) return false;
-        }
-        return true;
-      }
+      if (at.shared) return own.take_first(phase, mine, unit) || take_over(n_units, unit);
       unit = mine;
       return mine.begin++ < mine.end;
     };
     for (Dealt unit; take(unit);) each(unit.owner, unit.begin);
   }
-  // Half of what the worker with most left has becomes this one's, which has nothing left. false: nobody has.
+  // Half of what the worker with most left has becomes this one's, which has nothing left: a unit to execute at once,
+  // so that none goes from hand to hand, and the rest. false: nobody has any.
   template <class Count>
-  bool take_over(Count n_units) {
+  bool take_over(Count n_units, Dealt& unit) {
     Share* shares = forward->shares;
     while (true) {
       Dealt from = {0, 0, 0};
@@ -177,7 +173,8 @@ struct Worker {
       }
       if (most == 0) return false;
       if (Dealt half; shares[from.owner].take_half(phase, from, half)) {
-        shares[index].put(phase, half);
+        unit = {half.owner, half.begin, half.begin + 1};
+        shares[index].put(phase, {half.owner, half.begin + 1, half.end});
         return true;
       }
     }

@@ -45,9 +45,10 @@ class alignas(64) Share {
             << kUnitBits) |
            static_cast<uint64_t>(units.end);
   }
-  // A word of an earlier phase says that nobody has begun this one.
+  // A word of an earlier phase says that nobody has begun this one; one of a later phase, that this one is over.
   static Dealt in_phase(uint64_t word, int64_t phase, const Dealt& all) {
-    if (static_cast<int64_t>(word >> (64 - kPhaseBits)) != phase + 1) return all;
+    const int64_t of = static_cast<int64_t>(word >> (64 - kPhaseBits)) - 1;
+    if (of != phase) return of < phase ? all : Dealt{all.owner, 0, 0};
     constexpr uint64_t units = (1u << kUnitBits) - 1, owners = (1u << kOwnerBits) - 1;
     return {static_cast<int64_t>(word >> (2 * kUnitBits) & owners), static_cast<int64_t>(word >> kUnitBits & units),
             static_cast<int64_t>(word & units)};

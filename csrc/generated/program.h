@@ -12,7 +12,7 @@ enum class Op : int64_t {
   kOProj = 3,  // merge chunks, product, residual +=
   kGateUp = 4,  // norm, gate and up products, activation
   kDown = 5,  // product, residual +=
-  kLmHead = 6,  // norm, product, best token of the span
+  kLmHead = 6,  // norm, product, best token of each worker
   kSample = 7,  // best token of all workers, or one chosen from the logits
 };
 

@@ -251,7 +251,7 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
     if (last / kKeyChunk + 1 > chunks) chunks = last / kKeyChunk + 1;
   }
   const int64_t streams = groups * heads;             // of chunks, which lie one behind the other
-  const int64_t turn = std::lcm(streams, span.step);  // so far apart are a worker's units of a stream
+  const int64_t turn = std::lcm(streams, span.step);  // so far apart are a worker's units of a stream; begin < step
   const int64_t begin = first_chunk * streams, end = chunks * streams;
   const int64_t first_turn = begin / turn, turns = (end + turn - 1) / turn - first_turn;
   const auto n_units = [&](int64_t w) { return worker.span_of(w).begin < end ? turn / span.step * turns : 0; };

@@ -6,12 +6,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from cpu_kernels import cpu_kernel, prefill, program_of
 from odd_shapes import SHAPES, random_ids
+from tiny import put
 
+from flashformer.backends.base import Want
 from flashformer.errors import NumericalError
 from flashformer.formats import BF16, F32
 from flashformer.program import Program
@@ -143,6 +146,27 @@ def test_log_follows_the_arrays() -> None:
             ]
             changed += 1
     assert changed > 15
+
+
+@pytest.mark.parametrize("n_workers", [1, 2, 3, 5])
+def test_windows_and_groups(n_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all slots in a forward: the chunks from the first that any row sees to the last, each once."""
+    model = SHAPES[8].make(1)
+    layers = tuple(replace(layer, window=300) for layer in model.spec.layers)
+    model = replace(model, spec=replace(model.spec, layers=layers))
+    heads, slots = layers[0].n_kv_heads, 2
+    monkeypatch.setenv("FLASHFORMER_DELAYS", "9")
+    target = {"n_workers": n_workers, "streams": 3, "ctx": 1500}
+    with cpu_kernel(model, options={"log_capacity": CAPACITY}, **target) as kernel:
+        put(kernel, 0, [1, 2], pos=700, slot=0, want=Want.TOKEN)
+        put(kernel, 2, [3], pos=1300, slot=2, want=Want.TOKEN)
+        kernel.forward(3)
+        attend = [p for p, phase in enumerate(program_of(model, **target).phases) if phase.op is Op.ATTEND]
+        found = Counter(
+            (p, unit) for w in range(n_workers) for p, kind, unit, _ in kernel.log(w) if kind == UNIT and p in attend
+        )
+    first, end = (700 - 299) // KEY_CHUNK, 1300 // KEY_CHUNK + 1
+    assert found == Counter((p, unit) for p in attend for unit in range(first * heads * slots, end * heads * slots))
 
 
 def test_units_change_hands(monkeypatch: pytest.MonkeyPatch) -> None:

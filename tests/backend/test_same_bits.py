@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cpu_kernels import cpu_kernel, greedy, prefill, prompt_logits
+from cpu_kernels import cpu_kernel, greedy, prefill, program_of, prompt_logits
 from numpy.typing import NDArray
 from odd_shapes import SHAPES, random_ids
 from tiny import put, relative_error
@@ -78,11 +78,17 @@ def test_ties_go_to_the_lowest_id_whoever_finds_it(monkeypatch: pytest.MonkeyPat
     head = model.tensors["lm_head"]
     nothing = Tensor(head.name, head.format, np.zeros_like(head.data))
     model = replace(model, tensors={**model.tensors, "lm_head": nothing})
-    with cpu_kernel(model, n_workers=3) as kernel:
+    head_phase, moved = program_of(model, n_workers=3).head_begin, 0
+    with cpu_kernel(model, n_workers=3, options={"log_capacity": 10_000}) as kernel:
         for pos in range(150):
             put(kernel, 0, [5], pos=pos, slot=0, want=Want.TOKEN)
+            kernel.clear_logs()
             kernel.forward(1)
             assert kernel.tokens[0] == 0
+            for worker in range(3):
+                tiles = [unit for phase, kind, unit, _ in kernel.log(worker) if (phase, kind) == (head_phase, 1)]
+                moved += tiles != sorted(tiles)
+    assert moved > 0
 
 
 @pytest.mark.parametrize(("weights", "kv"), FORMATS, ids=lambda f: f.name)

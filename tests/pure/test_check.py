@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import conflicts, goes_wrong, program, spec, uneven, with_phase, with_wait
+from programs import conflicts, goes_wrong, program, spec, uneven, wait_mutants, with_phase, with_wait
 
 from flashformer.check import CheckedProgram, check, findings
 from flashformer.check.arrivals import schedule
@@ -95,14 +95,33 @@ def test_overlap_within_a_phase_is_named() -> None:
 
 
 def test_a_shared_phase_is_alone() -> None:
-    """A wait that the spans alone would bear: nobody but worker 1 touches what it does a phase early."""
     sound = program(spec(n_layers=2), 2)
     attend, o_proj = 7, 8
-    empty = with_wait(sound, o_proj, 1, sound.phases[o_proj].waits[1] - 1)
-    found = [finding.message for finding in findings(empty) if finding.rule == "share"]
+    early = with_wait(sound, o_proj, 1, sound.phases[o_proj].waits[1] - 1)
+    found = [finding.message for finding in findings(early) if finding.rule == "share"]
     assert len(found) == 1
     assert "worker 1 can be in phase 8 (o_proj, layer 1) while worker 0 is in phase 7 (attend, layer 1)" in found[0]
     assert f"units of phase {attend} (attend, layer 1) change hands; a wait of at least 16 is needed" in found[0]
+
+
+def test_waits_that_only_spans_would_bear_are_found() -> None:
+    """A worker without units of a phase need not be waited for, if nobody takes any over."""
+    found = [{finding.rule for finding in findings(mutant)} for *_, mutant in wait_mutants(program(spec(), 5))]
+    assert {"share"} in found
+    assert {"order", "share"} in found
+
+
+@pytest.mark.parametrize(
+    "spans", [(Span(0, 4), Span(4, 8)), (Span(0, 8, 2), Span(1, 8, 4), Span(3, 8, 4))], ids=["halves", "steps"]
+)
+def test_units_of_attention_are_counted_alike(spans: tuple[Span, ...]) -> None:
+    """Each unit once, but a worker that took some over would count them in another way."""
+    one_kv_head = spec(n_heads=2, n_kv_heads=1)
+    sound = program(one_kv_head, len(spans), ctx=2048)
+    assert findings(sound) == []
+    found = findings(with_phase(sound, 2, spans=spans))
+    assert {finding.rule for finding in found} == {"bounds"}
+    assert f"expected every {len(spans)}th from below it" in found[0].message
 
 
 def test_units_that_touch_each_other_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..model.spec import MAX_HEAD_DIM, QkNorm
-from ..program.ir import LANES, MAX_HEAD_ROWS, Layout, Op, Order, PackedMatrix, Phase, Program, Space
+from ..program.ir import LANES, MAX_HEAD_ROWS, Layout, Op, Order, PackedMatrix, Phase, Program, Space, Span
 from ..program.memory import (
     branches,
     head_dim_padded,
@@ -20,7 +20,7 @@ from ..program.memory import (
     rope_offsets,
     scratch_bytes,
 )
-from ..program.ops import EMBED_BLOCK, OPS, attend_units, n_chunks, qkv_width
+from ..program.ops import EMBED_BLOCK, OPS, attend_units, is_shared, n_chunks, qkv_width
 from ..program.pack import row_map
 from .facts import Finding, phase_name, task_name
 
@@ -101,6 +101,13 @@ def _spans(program: Program) -> Iterator[str]:
                 yield f"{task}: step {span.step}, expected {'1, for one byte range' if phase.matrix else 'at least 1'}"
             elif min(span.begin, span.end) < 0 or (len(span) and span.end > phase.n_units):
                 yield f"{task}: units [{span.begin}, {span.end}) of {phase.n_units}"
+            elif phase.op is Op.ATTEND and is_shared(program, phase) and len(span) and not _is_cyclic(span, n_workers):
+                every = f"every {span.step}th unit from {span.begin}"  # and others count those they take over likewise
+                yield f"{task}: {every}, expected every {n_workers}th from below it"
+
+
+def _is_cyclic(span: Span, n_workers: int) -> bool:
+    return span.step == n_workers and span.begin < n_workers
 
 
 def _units(program: Program, phase: Phase) -> int:

@@ -203,7 +203,8 @@ class Buffer:
 
 @dataclass(frozen=True)
 class TapeItem:
-    """One byte range of the packed weights, read once per forward by one worker."""
+    """One byte range of the packed weights, read once per forward by the worker whose tape it is on, or by others that
+    take over tiles of it."""
 
     phase: int
     begin: int

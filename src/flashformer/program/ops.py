@@ -188,7 +188,7 @@ OPS = {
         OpInfo(Op.O_PROJ, 3, "merge chunks, product, residual +=", True, True, _o_proj_reads, _branch_writes),
         OpInfo(Op.GATE_UP, 4, "norm, gate and up products, activation", True, True, _residual_all, _gate_up_writes),
         OpInfo(Op.DOWN, 5, "product, residual +=", True, True, _down_reads, _branch_writes),
-        OpInfo(Op.LM_HEAD, 6, "norm, product, best token of the span", True, True, _residual_all, _lm_head_writes),
+        OpInfo(Op.LM_HEAD, 6, "norm, product, best token of each worker", True, True, _residual_all, _lm_head_writes),
         OpInfo(
             Op.SAMPLE,
             7,
