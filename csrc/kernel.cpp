@@ -139,8 +139,8 @@ Result Kernel::checked_forward(const RowArrays& rows, int64_t n_rows) {
   return {Outcome::kDone, 0};
 }
 
-// One worker's way through the phases: wait, execute units, arrive. All of it comes from the arrays, and where units
-// change hands, from who is free.
+// One worker's way through the phases: wait, execute units, arrive. All of it comes from the arrays, but for who
+// executes a unit that changes hands.
 void Kernel::work(int index) {
   const DefaultRounding rounding;
   Worker& worker = workers_[static_cast<std::size_t>(index)];
