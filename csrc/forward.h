@@ -148,11 +148,11 @@ struct Worker {
   // Calls each(owner, i) for units of this phase until nobody has any: the i-th of those dealt to `owner`, of
   // n_units(owner).
   template <class Count, class Each>
-  void each_unit(const Phase& at, Count n_units, Each each) {
+  void each_unit(Count n_units, Each each) {
     Share& own = forward->shares[index];
     Dealt mine = {index, 0, n_units(index)};
     const auto take = [&](Dealt& unit) {
-      if (at.shared) return own.take_first(phase, mine, unit) || take_over(n_units, unit);
+      if (forward->model.shared) return own.take_first(phase, mine, unit) || take_over(n_units, unit);
       unit = mine;
       return mine.begin++ < mine.end;
     };

@@ -86,14 +86,14 @@ struct Model {
   int64_t scratch_bytes;
   int64_t input_stride;
   int64_t work_bytes;
+  int64_t shared;
 };
-static_assert(sizeof(Model) == 280);
+static_assert(sizeof(Model) == 288);
 
 struct Phase {
   int64_t op;
   int64_t layer;
   int64_t n_units;
-  int64_t shared;
   int64_t matrix;
   int64_t tile_bytes;
   int64_t vectors;
@@ -134,7 +134,7 @@ struct Phase {
   double attention_scale;
   double softcap;
 };
-static_assert(sizeof(Phase) == 344);
+static_assert(sizeof(Phase) == 336);
 
 struct Span {
   int64_t begin;

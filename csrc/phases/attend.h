@@ -256,7 +256,7 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
   const int64_t first_turn = begin / turn, turns = (end + turn - 1) / turn - first_turn;
   const auto n_units = [&](int64_t w) { return worker.span_of(w).begin < end ? turn / span.step * turns : 0; };
   bool any = false;
-  worker.each_unit(phase, n_units, [&](int64_t owner, int64_t i) {
+  worker.each_unit(n_units, [&](int64_t owner, int64_t i) {
     const Span& dealt = worker.span_of(owner);
     const int64_t unit = dealt.begin + i / turns * span.step + (first_turn + i % turns) * turn;
     if (unit < begin || unit >= end || unit >= dealt.end) return;

@@ -165,7 +165,7 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
   const char* tiles = worker.take_tape_item() - span.begin * phase.tile_bytes;  // of the phase, one behind the other
   float* sums = worker.sums();
   const auto n_tiles = [&](int64_t w) { return worker.span_of(w).end - worker.span_of(w).begin; };
-  worker.each_unit(phase, n_tiles, [&](int64_t owner, int64_t i) {
+  worker.each_unit(n_tiles, [&](int64_t owner, int64_t i) {
     const int64_t unit = worker.span_of(owner).begin + i;
     worker.begin_unit(unit);
     const char* tile = tiles + unit * phase.tile_bytes;

@@ -24,6 +24,7 @@ from flashformer.program.records import FlatProgram, flatten
 
 WAIT, UNIT, TAPE = 0, 1, 2
 CAPACITY = 100_000
+SHARED = {info.code for info in OPS.values() if info.shares}
 Entry = tuple[int, int, int, int]
 
 
@@ -53,17 +54,21 @@ def expected_log(program: Program, worker: int, *, last_pos: int, head: bool) ->
 def unshared(program: Program) -> FlatProgram:
     """Every worker executes its own span and nothing else."""
     flat = flatten(program)
-    flat.phases["shared"] = 0
+    flat.model["shared"] = 0
     return flat
+
+
+def changes_hands(flat: FlatProgram, entry: Entry) -> bool:
+    return entry[1] == UNIT and flat.phases["op"][entry[0]] in SHARED
 
 
 def changing(flat: FlatProgram, logs: list[list[Entry]]) -> list[Entry]:
     """The units that anybody may execute, of all workers."""
-    return [e for log in logs for e in log if e[1] == UNIT and flat.phases["shared"][e[0]]]
+    return [e for log in logs for e in log if changes_hands(flat, e)]
 
 
 def staying(flat: FlatProgram, logs: list[list[Entry]]) -> list[list[Entry]]:
-    return [[e for e in log if e[1] != UNIT or not flat.phases["shared"][e[0]]] for log in logs]
+    return [[e for e in log if not changes_hands(flat, e)] for log in logs]
 
 
 @pytest.mark.parametrize("config", range(30))
@@ -83,7 +88,7 @@ def test_log_equals_program(config: int, monkeypatch: pytest.MonkeyPatch) -> Non
         }
         program = program_of(model, **target)
         for flat in (unshared(program), flatten(program)):
-            shared = flat.phases["shared"].any()
+            shared = flat.model["shared"][0]
             monkeypatch.setenv("FLASHFORMER_DELAYS", str(config + 1) if shared else "0")
             options = {"flat": flat, "log_capacity": CAPACITY}
             with cpu_kernel(model, options=options, **target) as kernel:
@@ -183,8 +188,7 @@ def test_units_change_hands(monkeypatch: pytest.MonkeyPatch) -> None:
                     span = flat.schedule[p, worker]
                     if kind == UNIT and unit not in range(span["begin"], span["end"], span["step"]):
                         moved.add(int(flat.phases["op"][p]))
-    shared = {OPS[op].code for op in OPS if OPS[op].shares}
-    assert moved <= shared
+    assert moved <= SHARED
     assert OPS[Op.LM_HEAD].code in moved  # has most units
     assert len(moved) > 2
 

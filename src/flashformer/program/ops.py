@@ -207,9 +207,10 @@ MAX_SHARED = {"phases": 2**12 - 1, "workers": 2**8, "units": 2**21}
 
 
 def is_shared(program: Program, phase: Phase) -> bool:
-    """Whether a worker that is through with its units executes those of others."""
+    """Whether a worker that is through executes units of others: in all phases of ops that share, or in none."""
     target, most = program.target, MAX_SHARED
-    fits = len(program.phases) <= most["phases"] and phase.n_units <= most["units"]
+    n_units = max(phase.n_units for phase in program.phases)
+    fits = len(program.phases) <= most["phases"] and n_units <= most["units"]
     on_cpu = target.layout is Layout.LANES and 1 < target.n_workers <= most["workers"]
     return OPS[phase.op].shares and fits and on_cpu
 

@@ -28,7 +28,7 @@ MODEL = np.dtype(
             "d_model", "d_model_stride", "qkv_stride", "hidden_stride", "vocab_size", "logits_stride",
             "n_heads_max", "partial_stride", "n_layers", "embed_format", "kv_format", "exact", "group_stride",
             "embed_offset", "embed_phase", "residual", "qkv", "partial", "hidden", "logits", "candidates",
-            "tokens", "merges", "scratch", "scratch_bytes", "input_stride", "work_bytes",
+            "tokens", "merges", "scratch", "scratch_bytes", "input_stride", "work_bytes", "shared",
         )
     ]
 )  # fmt: skip
@@ -37,7 +37,7 @@ PHASE = np.dtype(
     [
         (name, "<i8")
         for name in (
-            "op", "layer", "n_units", "shared", "matrix", "tile_bytes", "vectors", "k", "k_padded", "n_out",
+            "op", "layer", "n_units", "matrix", "tile_bytes", "vectors", "k", "k_padded", "n_out",
             "format", "scale_group", "group_bytes", "zero_points", "zero",
             "norm", "bias", "fold", "fold_norm", "to", "activation",
             "n_heads", "n_kv_heads", "head_dim", "head_dim_padded", "window", "keys", "values",
@@ -87,7 +87,6 @@ def _phase_record(program: Program, phase: Phase, record: np.void) -> None:
     """Offsets that do not apply are -1; so is `to` where a result is added to the residual."""
     buffers = {b.space: b.offset for b in program.memory.buffers}
     record["op"], record["layer"], record["n_units"] = OPS[phase.op].code, phase.layer, phase.n_units
-    record["shared"] = is_shared(program, phase)
     record["norm_eps"], record["scale"] = phase.norm_eps, phase.scale
     for name in ("matrix", "norm", "bias", "q_norm", "k_norm"):
         placed = getattr(phase, name)
@@ -170,6 +169,7 @@ def _model_record(program: Program) -> NDArray[np.void]:
         "scratch_bytes": memory.scratch_bytes,
         "input_stride": input_stride(spec),
         "work_bytes": memory.buffers_bytes,
+        "shared": int(any(is_shared(program, phase) for phase in program.phases)),
         "merges": buffers[Space.MERGES].offset if Space.MERGES in buffers else -1,
     }
     for name in ("residual", "qkv", "partial", "hidden", "logits", "candidates", "tokens"):

@@ -84,14 +84,14 @@ struct Model {
   i64 scratch_bytes;
   i64 input_stride;
   i64 work_bytes;
+  i64 shared;
 };
-static_assert(sizeof(Model) == 280);
+static_assert(sizeof(Model) == 288);
 
 struct Phase {
   i64 op;
   i64 layer;
   i64 n_units;
-  i64 shared;
   i64 matrix;
   i64 tile_bytes;
   i64 vectors;
@@ -132,7 +132,7 @@ struct Phase {
   f64 attention_scale;
   f64 softcap;
 };
-static_assert(sizeof(Phase) == 344);
+static_assert(sizeof(Phase) == 336);
 
 struct Span {
   i64 begin;
