@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..model.spec import MAX_HEAD_DIM, QkNorm
-from ..program.ir import LANES, MAX_HEAD_ROWS, Layout, Op, Order, PackedMatrix, Phase, Program, Space, Span
+from ..program.ir import LANES, MAX_HEAD_ROWS, Layout, Op, Order, PackedMatrix, Phase, Program, Space
 from ..program.memory import (
     branches,
     head_dim_padded,
@@ -93,6 +93,7 @@ def _spans(program: Program) -> Iterator[str]:
         if not len(phase.spans) == len(phase.waits) == n_workers:
             yield f"{name}: {len(phase.spans)} spans and {len(phase.waits)} waits for {n_workers} workers"
             continue
+        cyclic = phase.op is Op.ATTEND and is_shared(program, phase)  # others count what they take over likewise
         for worker, span in enumerate(phase.spans):
             task = task_name(program, index, worker)
             if phase.waits[worker] < 0:
@@ -101,13 +102,9 @@ def _spans(program: Program) -> Iterator[str]:
                 yield f"{task}: step {span.step}, expected {'1, for one byte range' if phase.matrix else 'at least 1'}"
             elif min(span.begin, span.end) < 0 or (len(span) and span.end > phase.n_units):
                 yield f"{task}: units [{span.begin}, {span.end}) of {phase.n_units}"
-            elif phase.op is Op.ATTEND and is_shared(program, phase) and len(span) and not _is_cyclic(span, n_workers):
-                every = f"every {span.step}th unit from {span.begin}"  # and others count those they take over likewise
+            elif cyclic and len(span) and (span.step != n_workers or span.begin >= n_workers):
+                every = f"every {span.step}th unit from {span.begin}"
                 yield f"{task}: {every}, expected every {n_workers}th from below it"
-
-
-def _is_cyclic(span: Span, n_workers: int) -> bool:
-    return span.step == n_workers and span.begin < n_workers
 
 
 def _units(program: Program, phase: Phase) -> int:

@@ -36,6 +36,8 @@ def share(program: Program) -> tuple[list[Finding], dict[str, int]]:
 
 def _meetings(program: Program) -> list[Finding]:
     shared = [is_shared(program, phase) for phase in program.phases]
+    if not any(shared):
+        return []
     findings = []
     for q, p, meet in meetings(program):
         if p == q or not (shared[q] or shared[p]) or not meet.any():

@@ -209,10 +209,9 @@ MAX_SHARED = {"phases": 2**12 - 1, "workers": 2**8, "units": 2**21}
 def is_shared(program: Program, phase: Phase) -> bool:
     """Whether a worker that is through executes units of others: in all phases of ops that share, or in none."""
     target, most = program.target, MAX_SHARED
-    n_units = max(phase.n_units for phase in program.phases)
-    fits = len(program.phases) <= most["phases"] and n_units <= most["units"]
-    on_cpu = target.layout is Layout.LANES and 1 < target.n_workers <= most["workers"]
-    return OPS[phase.op].shares and fits and on_cpu
+    if not (OPS[phase.op].shares and target.layout is Layout.LANES and 1 < target.n_workers <= most["workers"]):
+        return False
+    return len(program.phases) <= most["phases"] and max(p.n_units for p in program.phases) <= most["units"]
 
 
 def written_extent(program: Program, phase: Phase) -> dict[Space, tuple[int, int]]:
