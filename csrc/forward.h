@@ -35,8 +35,9 @@ struct Forward {
   const int64_t* tape_begin;  // (n_workers + 1)
   char* weights;
   char* kv;
-  char* work;     // buffers, rope table, scratch
-  Share* shares;  // (n_workers)
+  char* work;              // buffers, rope table, scratch
+  Share* shares;           // (n_workers)
+  bool software_prefetch;  // reads of weights are worth asking for, on this CPU
   RowArrays row;
   int32_t n_rows, n_groups, n_head_rows;
   Group groups[kMaxStreams];

@@ -124,7 +124,8 @@ std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases
                                          const Bytes& tapes, const Column<const int64_t>& tape_begin, Region& weights,
                                          Region& kv, Region& work, const std::vector<Bytes>& columns,
                                          const std::string& isa_name, uint32_t spins, const std::vector<int>& cpus,
-                                         uint64_t delay_seed, int64_t log_capacity, nb::object keep) {
+                                         uint64_t delay_seed, int64_t log_capacity, bool software_prefetch,
+                                         nb::object keep) {
   KernelArrays arrays;
   arrays.model = records<Model>(model, "model").at(0);
   arrays.phases = records<Phase>(phases, "phases");
@@ -150,9 +151,9 @@ std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases
   bound->columns = columns;
   const int64_t n_adjustments = bind_rows(columns, m.rows, &bound->rows);
   bound->narrow = body.narrow;
-  bound->kernel = std::make_unique<Kernel>(std::move(arrays), table,
-                                           KernelOptions{spins, cpus, delay_seed, log_capacity, n_adjustments},
-                                           weights.data(), kv.data(), work.data());
+  bound->kernel = std::make_unique<Kernel>(
+      std::move(arrays), table, KernelOptions{spins, cpus, delay_seed, log_capacity, n_adjustments, software_prefetch},
+      weights.data(), kv.data(), work.data());
   return bound;
 }
 
@@ -261,11 +262,11 @@ void block_sums(const Bytes& buffer, int64_t block_bytes,
   sum_blocks(reinterpret_cast<const char*>(buffer.data()), n_bytes, block_bytes, sum, sums.data(), n_threads);
 }
 
-double probe(const Bytes& buffer, int n_threads, int mode, double min_seconds) {
+double probe(const Bytes& buffer, int n_threads, int64_t ahead, double min_seconds) {
   const SumOf sum = supported_isas().back().sum;
   const Released released;
   return read_bandwidth(reinterpret_cast<const char*>(buffer.data()), static_cast<int64_t>(buffer.size()), n_threads,
-                        mode == 1, min_seconds, sum);
+                        ahead, min_seconds, sum);
 }
 
 }  // namespace
@@ -301,7 +302,7 @@ NB_MODULE(_cpu, m) {
   nb::class_<BoundKernel>(m, "Kernel")
       .def(nb::new_(&make_kernel), "model"_a, "phases"_a, "schedule"_a, "tapes"_a, "tape_begin"_a, "weights"_a, "kv"_a,
            "work"_a, nb::arg("columns").noconvert(), "isa"_a, "spins"_a, "cpus"_a, "delay_seed"_a, "log_capacity"_a,
-           "keep"_a)
+           "software_prefetch"_a, "keep"_a)
       .def("forward", &run_forward, "n_rows"_a, "Runs rows[:n_rows]; returns (outcome, detail).")
       .def("log", &read_log, "worker"_a, "[(phase, kind, value, begin)] since the last clear_logs.")
       .def("clear_logs", [](BoundKernel& self) { self.kernel->clear_logs(); })
@@ -324,6 +325,6 @@ NB_MODULE(_cpu, m) {
         "Copies rows, converted; returns as pack does.");
   m.def("block_sums", &block_sums, "buffer"_a, "block_bytes"_a, "sums"_a, "n_threads"_a,
         "Sums of the 8-byte words of each block, into `sums`.");
-  m.def("probe", &probe, "buffer"_a, "n_threads"_a, "mode"_a, "min_seconds"_a,
-        "Read bandwidth in GB/s; mode 0: plain loads, 1: prefetched.");
+  m.def("probe", &probe, "buffer"_a, "n_threads"_a, "ahead"_a, "min_seconds"_a,
+        "Read bandwidth in GB/s; loads are prefetched `ahead` bytes early, 0: plain.");
 }

@@ -24,9 +24,9 @@ inline void store_as(uint16_t* p, typename V::F x) {
   V::store_bf16(p, x);
 }
 
-// Sum of n squares.
+// Sum of n squares. Called: within a larger function g++ may keep these sums in the stack.
 template <class V>
-inline float sum_of_squares(const float* x, int64_t n) {
+[[gnu::noinline]] float sum_of_squares(const float* x, int64_t n) {
   using F = typename V::F;
   F sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
   int64_t i = 0;

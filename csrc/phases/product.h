@@ -7,7 +7,8 @@
 // order and at an even pace: every pass takes its share. Where all rows pass at once, a tile is not cut: the tape is
 // one stream (of every nth line where registers do not hold a tile's vectors), which the hardware fetches ahead better
 // than we do. One row has no prefetches, several name the line that is being read, which lets loads run ahead of
-// products (docs/measuring.md).
+// products. Where a CPU needs to be asked (Forward::software_prefetch), all that pass at once ask for every line twice,
+// early for the second level of caches and late for the first (docs/measuring.md).
 #pragma once
 
 #include <algorithm>
@@ -67,6 +68,19 @@ struct Ahead {
     V::prefetch(at + i * line);
   }
   void move(int64_t lines) { at += lines * line; }
+};
+
+// Every line of a stream twice: into the second level of caches, then into the first.
+struct AheadTwice {
+  static constexpr int64_t kFar = 4096, kNear = 2048;  // bytes
+  const char* at;
+
+  template <class V>
+  void prefetch(int64_t i) const {
+    V::prefetch_far(at + i * 64 + kFar);
+    V::prefetch(at + i * 64 + kNear);
+  }
+  void move(int64_t lines) { at += lines * 64; }
 };
 
 struct NothingAhead {
@@ -130,12 +144,16 @@ inline void rows_at_once(const Phase& phase, int64_t rows, float* sums, const ch
   W::template rows<TILE, R>(phase, sums, w, in, row, group, groups, ahead);
 }
 
-// One tile for all rows. `next`: where this worker reads after this tile.
+// One tile for all rows. `next`: where this worker reads after this tile. `twice`: see Forward::software_prefetch.
 template <class V, class W, int TILE, class In>
-void product_tile(const Phase& phase, float* sums, const char* w, const In& in, int64_t n_rows, const char* next) {
+void product_tile(const Phase& phase, float* sums, const char* w, const In& in, int64_t n_rows, const char* next,
+                  bool twice) {
   constexpr int R = W::kRowsAtOnce;
   const int64_t all = phase.tile_bytes / phase.group_bytes;
   for (int64_t i = 0; i < n_rows * kPad; i += kLanes) V::store(sums + i, V::zero());
+  if (n_rows <= R && twice) {
+    return rows_at_once<V, W, TILE, R>(phase, n_rows, sums, w, in, 0, 0, all, AheadTwice{w});
+  }
   if (n_rows == 1) return W::template rows<TILE, 1>(phase, sums, w, in, 0, 0, all, NothingAhead{});
   if (n_rows <= R) return rows_at_once<V, W, TILE, R>(phase, n_rows, sums, w, in, 0, 0, all, Ahead{w, 64});
 
@@ -164,6 +182,7 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
   const auto in = W::take(worker, phase, rows, n_rows);
   const char* tiles = worker.take_tape_item() - span.begin * phase.tile_bytes;  // of the phase, one behind the other
   float* sums = worker.sums();
+  const bool twice = worker.forward->software_prefetch;
   const auto n_tiles = [&](int64_t w) { return worker.span_of(w).end - worker.span_of(w).begin; };
   worker.each_unit(n_tiles, [&](int64_t owner, int64_t i) {
     const int64_t unit = worker.span_of(owner).begin + i;
@@ -172,13 +191,13 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
     const char* next = unit + 1 < worker.span_of(owner).end ? tile + phase.tile_bytes : worker.tape_ahead();
     switch (phase.vectors) {
       case 1:
-        product_tile<V, W, 1>(phase, sums, tile, in, n_rows, next);
+        product_tile<V, W, 1>(phase, sums, tile, in, n_rows, next, twice);
         break;
       case 2:
-        product_tile<V, W, 2>(phase, sums, tile, in, n_rows, next);
+        product_tile<V, W, 2>(phase, sums, tile, in, n_rows, next, twice);
         break;
       default:
-        product_tile<V, W, 4>(phase, sums, tile, in, n_rows, next);
+        product_tile<V, W, 4>(phase, sums, tile, in, n_rows, next, twice);
     }
     finish(unit * phase.vectors * kLanes, sums);
   });

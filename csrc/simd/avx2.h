@@ -134,7 +134,8 @@ struct Avx2 {
     return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, x), ones)),
             _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, x), ones))};
   }
-  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }      // into the first level of caches
+  static void prefetch_far(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }  // into the second
 
  private:
   static __m256i dot_signed8(__m256i acc, __m256i codes, __m256i x) {

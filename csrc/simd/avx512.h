@@ -116,7 +116,8 @@ struct Avx512 {
   }
   static I dot_nibbles(I acc, Raw w, X4 x) { return dot_bytes(acc, w, x); }
 #endif
-  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }      // into the first level of caches
+  static void prefetch_far(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }  // into the second
 };
 
 }  // namespace flashformer

@@ -12,12 +12,12 @@ const PhaseTable* avx2_table(Format weights, Format kv, bool dot);
 const PhaseTable* avx512_table(Format weights, Format kv, bool dot);
 const PhaseTable* avx512bf16_table(Format weights, Format kv, bool dot);
 
-// Read bandwidth probes: the sum of all 8-byte words, by plain or prefetched 64-byte loads.
-using SumOf = uint64_t (*)(const char* begin, int64_t n_bytes, bool prefetched);
+// Read bandwidth probes: the sum of all 8-byte words, by 64-byte loads, plain or prefetched `ahead` bytes early.
+using SumOf = uint64_t (*)(const char* begin, int64_t n_bytes, int64_t ahead);
 
-uint64_t portable_sum(const char* begin, int64_t n_bytes, bool prefetched);
-uint64_t avx2_sum(const char* begin, int64_t n_bytes, bool prefetched);
-uint64_t avx512_sum(const char* begin, int64_t n_bytes, bool prefetched);
+uint64_t portable_sum(const char* begin, int64_t n_bytes, int64_t ahead);
+uint64_t avx2_sum(const char* begin, int64_t n_bytes, int64_t ahead);
+uint64_t avx512_sum(const char* begin, int64_t n_bytes, int64_t ahead);
 
 constexpr int64_t kMostGroup = 128;
 

@@ -172,7 +172,8 @@ struct Portable {
     return acc;
   }
   static I dot_nibbles(I acc, Raw w, X4 x) { return dot_bytes(acc, w, x); }
-  static void prefetch(const char* p) { __builtin_prefetch(p); }
+  static void prefetch(const char* p) { __builtin_prefetch(p); }            // into the first level of caches
+  static void prefetch_far(const char* p) { __builtin_prefetch(p, 0, 2); }  // into the second
 
  private:
   static constexpr uint32_t kLow = 0x0F0F0F0Fu;

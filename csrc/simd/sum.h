@@ -6,14 +6,14 @@
 
 namespace flashformer {
 
-// Sum of all 8-byte words of a range whose length is a multiple of 512. Prefetched: 4 KiB ahead.
+// Sum of all 8-byte words of a range whose length is a multiple of 512. Prefetched `ahead` bytes early, 0: not at all.
 template <class V>
-inline uint64_t sum_bytes(const char* begin, int64_t n_bytes, bool prefetched) {
+inline uint64_t sum_bytes(const char* begin, int64_t n_bytes, int64_t ahead) {
   using Words = uint64_t __attribute__((vector_size(64)));
   Words sum[8] = {};
   for (int64_t i = 0; i < n_bytes; i += 512) {
     for (int j = 0; j < 8; ++j) {
-      if (prefetched) V::prefetch(begin + i + j * 64 + 4096);
+      if (ahead) V::prefetch(begin + i + j * 64 + ahead);
       Words words;
       std::memcpy(&words, begin + i + j * 64, 64);
       sum[j] += words;

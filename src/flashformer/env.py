@@ -18,6 +18,14 @@ def isa() -> str | None:
     return value
 
 
+def prefetch(by_default: bool) -> bool:
+    """FLASHFORMER_PREFETCH: whether the CPU kernel asks for weights early. A test hook; changes speed only."""
+    value = os.environ.get("FLASHFORMER_PREFETCH")
+    if value not in (None, "on", "off"):
+        raise RequestError(f"FLASHFORMER_PREFETCH={value!r}: expected on or off")
+    return by_default if value is None else value == "on"
+
+
 def cache_folder() -> Path | None:
     """FLASHFORMER_CACHE: where packed weights and compiled kernels are kept, `off` for nowhere.
 

@@ -183,6 +183,12 @@ def test_cpu_lists_and_features(tree: Tree) -> None:
     assert (info.model, info.features) == ("Some CPU", ("avx2", "avx512_vnni", "avx512_bf16"))
 
 
+@pytest.mark.parametrize(("vendor", "pays"), [("GenuineIntel", True), ("AuthenticAMD", False), (None, False)])
+def test_software_prefetch_by_vendor(tree: Tree, vendor: str | None, pays: bool) -> None:
+    tree.write("proc/cpuinfo", "processor\t: 0\n" + (f"vendor_id\t: {vendor}\ncpu family\t: 6\n" if vendor else ""))
+    assert topology.software_prefetch(tree.root) is pays
+
+
 def test_this_machine_gets_at_least_one_thread() -> None:
     threads = topology.choose_threads()
     assert 1 <= threads.n <= len(topology.affinity())

@@ -13,7 +13,7 @@ from ..backends.kept import kept_bytes
 from ..backends.registry import describe_cuda, native_isa
 from ..engine import Diagnosis, Options, diagnose
 from ..engine.stats import peak_rss_bytes
-from ..env import cache_folder
+from ..env import cache_folder, prefetch
 from ..env import isa as requested_isa
 from ..errors import RequestError
 from ..version import __version__
@@ -69,6 +69,7 @@ def describe_machine() -> dict[str, object]:
         "isa_requested": requested_isa(),
         "cpu": cpu.model,
         "cpu_features": list(cpu.features),
+        "prefetch": prefetch(topology.software_prefetch()),
         "llc_bytes": topology.last_level_cache_bytes(),
         **describe_cuda(),
         "affinity": sorted(allowed),
