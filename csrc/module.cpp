@@ -9,7 +9,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
-#include <initializer_list>
 #include <stdexcept>
 #include <tuple>
 #include <variant>
@@ -18,6 +17,12 @@
 #include "pack.h"
 #include "probe.h"
 #include "simd/isa.h"
+
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -39,24 +44,43 @@ std::vector<T> records(const Bytes& bytes, const char* name) {
 
 struct Isa {
   const char* name;
-  TableOf table, dot_table;  // dot_table: where there are dot products of bf16 and of bytes, or nullptr
+  TableOf table;                // fp32 activations
+  std::vector<TableOf> narrow;  // dot products and matrix products of bf16 and of bytes, best first
   SumOf sum;
   QuantizeOf quantize;
 };
 
+// Whether this process may use the matrix unit: its registers are handed out on request (Linux 5.16).
+bool has_amx() {
+#ifdef __x86_64__
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool allowed = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll &&
+                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+
 // What this CPU can run, best last.
 std::vector<Isa> supported_isas() {
-  std::vector<Isa> isas{{"portable", portable_table, nullptr, portable_sum, portable_quantize}};
+  std::vector<Isa> isas{{"portable", portable_table, {portable_table}, portable_sum, portable_quantize}};
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    isas.push_back({"avx2", avx2_table, nullptr, avx2_sum, avx2_quantize});
+    isas.push_back({"avx2", avx2_table, {avx2_table}, avx2_sum, avx2_quantize});
   }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
   if (avx512) {
-    const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-    isas.push_back({"avx512", avx512_table, bf16 ? avx512bf16_table : nullptr, avx512_sum, avx512_quantize});
+    // Without the instructions for narrow activations AVX2 serves.
+    isas.push_back({"avx512", avx512_table, {avx2_table}, avx512_sum, avx512_quantize});
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
+      isas.back().narrow = {avx512bf16_table};
+      if (has_amx()) isas.push_back({"amx", avx512_table, {amx_table, avx512bf16_table}, avx512_sum, avx512_quantize});
+    }
   }
   return isas;
 }
@@ -73,12 +97,10 @@ struct Chosen {
   bool narrow;
 };
 
-// Narrow activations where they are wanted and can be had. Quantized weights always can: where an AVX-512 CPU lacks the
-// instructions, AVX2 serves.
+// Narrow activations where they are wanted and can be had.
 Chosen choose_table(const Isa& isa, Format weights, Format kv, bool narrow) {
-  const bool quantized = weights != Format::kF32 && weights != Format::kF16 && weights != Format::kBf16;
-  for (const TableOf table_of : {isa.dot_table, isa.table, quantized ? avx2_table : nullptr}) {
-    const PhaseTable* table = narrow && table_of ? table_of(weights, kv, true) : nullptr;
+  for (const TableOf table_of : isa.narrow) {
+    const PhaseTable* table = narrow ? table_of(weights, kv, true) : nullptr;
     if (table) return {table, true};
   }
   const PhaseTable* table = isa.table(weights, kv, false);

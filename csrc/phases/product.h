@@ -68,6 +68,13 @@ struct Ahead {
     V::prefetch(at + i * line);
   }
   void move(int64_t lines) { at += lines * line; }
+  // For `lines` that are read one after the other.
+  template <class V>
+  void pass(int64_t lines) {
+    const char* end = at + lines * line;
+    for (const char* p = at; p < end; p += 64) V::prefetch(p);
+    at = end;
+  }
 };
 
 // Every line of a stream twice: into the second level of caches, then into the first.
@@ -81,6 +88,11 @@ struct AheadTwice {
     V::prefetch(at + i * 64 + kNear);
   }
   void move(int64_t lines) { at += lines * 64; }
+  template <class V>
+  void pass(int64_t lines) {
+    for (int64_t i = 0; i < lines; ++i) prefetch<V>(i);
+    move(lines);
+  }
 };
 
 struct NothingAhead {
@@ -119,6 +131,8 @@ inline void product_block(float* sums, const char* w, const typename W::X* x, in
 template <class V, class P>
 struct Plain : P {
   using X = typename P::X;
+  static constexpr bool kMatrix = false;
+  static constexpr int64_t kBlock = kBlockBytes;
   static constexpr int kRowsAtOnce = P::kAtOnce.rows;
 
   static Input<X> take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return rows; }
@@ -138,10 +152,11 @@ struct Plain : P {
 template <class V, class W, int TILE, int R, class In, class A>
 inline void rows_at_once(const Phase& phase, int64_t rows, float* sums, const char* w, const In& in, int64_t row,
                          int64_t group, int64_t groups, A ahead) {
-  if constexpr (R > 1) {
+  if constexpr (W::kMatrix) return W::template some_rows<TILE>(phase, rows, sums, w, in, row, group, groups, ahead);
+  if constexpr (!W::kMatrix && R > 1) {
     if (rows < R) return rows_at_once<V, W, TILE, R - 1>(phase, rows, sums, w, in, row, group, groups, ahead);
   }
-  W::template rows<TILE, R>(phase, sums, w, in, row, group, groups, ahead);
+  if constexpr (!W::kMatrix) W::template rows<TILE, R>(phase, sums, w, in, row, group, groups, ahead);
 }
 
 // One tile for all rows. `next`: where this worker reads after this tile. `twice`: see Forward::software_prefetch.
@@ -154,11 +169,13 @@ void product_tile(const Phase& phase, float* sums, const char* w, const In& in, 
   if (n_rows <= R && twice) {
     return rows_at_once<V, W, TILE, R>(phase, n_rows, sums, w, in, 0, 0, all, AheadTwice{w});
   }
-  if (n_rows == 1) return W::template rows<TILE, 1>(phase, sums, w, in, 0, 0, all, NothingAhead{});
+  if constexpr (!W::kMatrix) {
+    if (n_rows == 1) return W::template rows<TILE, 1>(phase, sums, w, in, 0, 0, all, NothingAhead{});
+  }
   if (n_rows <= R) return rows_at_once<V, W, TILE, R>(phase, n_rows, sums, w, in, 0, 0, all, Ahead{w, 64});
 
   const int64_t passes = (n_rows + R - 1) / R, line = (64 + passes - 1) / passes;
-  const int64_t at_once = (kBlockBytes + phase.group_bytes - 1) / phase.group_bytes;
+  const int64_t at_once = (W::kBlock + phase.group_bytes - 1) / phase.group_bytes;
   for (int64_t g = 0, count; g < all; g += count) {
     count = std::min(at_once, all - g);
     const char* block = w + g * phase.group_bytes;
@@ -201,6 +218,7 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
     }
     finish(unit * phase.vectors * kLanes, sums);
   });
+  if constexpr (W::kMatrix) V::release();
 }
 
 }  // namespace flashformer

@@ -250,6 +250,8 @@ inline void wide_groups(const Phase& phase, float* sums, const char* w, int64_t 
 template <class V, template <class> class Codes>
 struct QuantNarrow {
   using X = float;
+  static constexpr bool kMatrix = false;
+  static constexpr int64_t kBlock = kBlockBytes;
   static constexpr AtOnce kAtOnce = Codes<V>::kAtOnce;
   static constexpr int kRowsAtOnce = kAtOnce.rows;
 
@@ -278,6 +280,8 @@ struct QuantNarrow {
 template <class V, template <class> class Codes>
 struct QuantWide {
   using X = float;
+  static constexpr bool kMatrix = false;
+  static constexpr int64_t kBlock = kBlockBytes;
   static constexpr int kRowsAtOnce = V::kWideCodeRows;
 
   // Rows of phase.k elements, zeros behind them up to a whole group.

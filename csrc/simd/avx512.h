@@ -63,6 +63,7 @@ struct Avx512 {
   }
 
   static Raw load_raw(const char* p) { return _mm512_loadu_si512(p); }
+  static void store_raw(char* p, Raw w) { _mm512_storeu_si512(p, w); }
   static F as_f32(Raw w) { return _mm512_castsi512_ps(w); }
   // of 16 pairs of bf16: the first of each, the second of each
   static F even_bf16(Raw w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
@@ -89,6 +90,8 @@ struct Avx512 {
   static F odd_f16(Raw w) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(w, 16))); }
   static I set1_i(int32_t x) { return _mm512_set1_epi32(x); }
   static I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I load_i(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
   static I load_u8(const char* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F to_f32(I a) { return _mm512_cvtepi32_ps(a); }
   // rounds to nearest even, saturates

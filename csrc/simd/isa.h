@@ -11,6 +11,7 @@ const PhaseTable* portable_table(Format weights, Format kv, bool dot);
 const PhaseTable* avx2_table(Format weights, Format kv, bool dot);
 const PhaseTable* avx512_table(Format weights, Format kv, bool dot);
 const PhaseTable* avx512bf16_table(Format weights, Format kv, bool dot);
+const PhaseTable* amx_table(Format weights, Format kv, bool dot);
 
 // Read bandwidth probes: the sum of all 8-byte words, by 64-byte loads, plain or prefetched `ahead` bytes early.
 using SumOf = uint64_t (*)(const char* begin, int64_t n_bytes, int64_t ahead);

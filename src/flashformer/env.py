@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .errors import RequestError
 
-ISAS = ("portable", "avx2", "avx512", "neon")
+ISAS = ("portable", "avx2", "avx512", "amx", "neon")
 
 
 def isa() -> str | None:

@@ -122,7 +122,7 @@ def watched_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize("mode", ["sound", "race"])
 def test_thread_sanitizer(watched_package: Path, isa: str, mode: str) -> None:
     """Silent on the Program as it is; it speaks when a worker does not wait, so it would have seen one."""

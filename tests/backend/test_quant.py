@@ -20,7 +20,7 @@ from flashformer.program.ir import Order, PackedMatrix
 from flashformer.program.pack import pack
 from flashformer.quantize import Quantized, dequantize, quantize, quantize_rows
 
-ISAS = ["portable", "avx2", None]
+ISAS = ["portable", "avx2", *(("avx512",) if "amx" in load_native().isas() else ()), None]
 every_format = pytest.mark.parametrize("fmt", QUANTS.values(), ids=QUANTS)
 
 
@@ -219,8 +219,26 @@ def test_integer_sums_are_the_same_on_every_instruction_set(monkeypatch: pytest.
                 found.append(prompt_logits(kernel, random_ids(3, 16, 97)))
             finally:
                 kernel.close()
-        assert relative_error(found[0], found[2]) < 1e-4
-        assert relative_error(found[1], found[2]) < 1e-4
+        for other in found[:-1]:
+            assert relative_error(other, found[-1]) < 1e-4
+
+
+@every_format
+def test_a_matrix_unit_gives_the_bits_of_dot_products(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, one pass of it, several of different lengths."""
+    if "amx" not in load_native().isas():
+        pytest.skip("this CPU has no AMX: nothing to run")
+    spec = random_spec(8)
+    tensors, ids = random_tensors(spec, 8), random_ids(5, 60, 211)
+    found: dict[str, list[bytes]] = {}
+    for isa in ("avx512", "amx"):
+        monkeypatch.setenv("FLASHFORMER_ISA", isa)
+        kernel = cpu(spec, tensors, **quantized(fmt))
+        try:
+            found[isa] = [prefill(kernel, ids, chunk=chunk).tobytes() for chunk in (1, 5, 16, 37, 60)]
+        finally:
+            kernel.close()
+    assert found["amx"] == found["avx512"]
 
 
 def test_head_and_body_are_chosen_apart() -> None:

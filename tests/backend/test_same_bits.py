@@ -25,7 +25,7 @@ def ids() -> list[int]:
     return random_ids(77, N_IDS, MODEL.vocab)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
 @pytest.mark.parametrize(("weights", "kv"), FORMATS, ids=lambda f: f.name)
 def test_threads_and_chunks(isa: str, weights: Format, kv: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     if isa not in _cpu.isas():

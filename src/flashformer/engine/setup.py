@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..backends.cpu import topology
-from ..backends.registry import PROMPT_CHUNK, choose_gpu, require_device
+from ..backends.registry import choose_gpu, prompt_chunk, require_device
 from ..checkpoint import PackedFormats
 from ..errors import LoadError, RequestError
 from ..formats import F32, FORMATS, QUANT_NAMES, QUANTS, Format, find_quant
@@ -87,7 +87,6 @@ def _set_up(spec: ModelSpec, formats: PackedFormats, options: Options, device: s
     threads = topology.choose_threads(options.threads)
     weight_format = formats.weights
     kv_format = FORMATS[options.kv_dtype or ("f32" if weight_format is F32 else "bf16")]
-    chunk = PROMPT_CHUNK[device] if options.prompt_chunk is None else options.prompt_chunk
     free = topology.Limit(gpu.memory_bytes, gpu.facts.name) if gpu else topology.free_memory()
     ctx, ctx_why = _context(spec, options, kv_format, free)
     by_length = sorted({rope.kind.value for rope in spec.ropes if rope.kind in RopeKind.of_length()})
@@ -97,7 +96,7 @@ def _set_up(spec: ModelSpec, formats: PackedFormats, options: Options, device: s
         n_workers=gpu.facts.n_sm if gpu else threads.n,
         weight_format=weight_format,
         kv_format=kv_format,
-        rows=max(chunk, MAX_HEAD_ROWS),
+        rows=MAX_HEAD_ROWS,
         streams=options.streams,
         ctx=ctx,
         exact=options.exact,
@@ -105,6 +104,8 @@ def _set_up(spec: ModelSpec, formats: PackedFormats, options: Options, device: s
         head_quant=formats.head_quant,
         layout=Layout.FRAGMENTS if gpu else Layout.LANES,
     )
+    chunk = prompt_chunk(target, device) if options.prompt_chunk is None else options.prompt_chunk
+    target = replace(target, rows=max(chunk, MAX_HEAD_ROWS))
     return Setup(device, target, chunk, threads, ctx_why, free, gpu)
 
 

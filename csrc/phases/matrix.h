@@ -1,0 +1,211 @@
+// Products by a matrix unit (V::configure, load_tile, multiply_...): the weights of a tile are its operand as they lie
+// packed, 16 outputs by 64 bytes of k; up to 16 rows of activations are the other. bf16 goes through it whatever the
+// number of rows, as its sums have an order of their own; sums of bytes are exact, so few rows take QuantNarrow, which
+// gives the same bits.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "product.h"
+#include "quant.h"
+
+namespace flashformer {
+
+// What registers are shaped for: changed for a pass of other rows.
+template <class V>
+class Shape {
+ public:
+  Shape(int64_t k_bytes, int64_t rows) : k_bytes_(k_bytes), rows_(rows) { V::configure(rows, k_bytes); }
+  void set_rows(int64_t rows) const {
+    if (rows == rows_) return;
+    rows_ = rows;
+    V::configure(rows, k_bytes_);
+  }
+
+ private:
+  int64_t k_bytes_;
+  mutable int64_t rows_;
+};
+
+template <class V>
+inline int64_t rows_of_a_pass(int64_t n_rows) {
+  return n_rows < V::kMatrixRows ? n_rows : V::kMatrixRows;
+}
+
+template <class V, int TILE>
+inline void load_sums(const float* sums) {
+  for_each_tile<TILE>([&]<int T>() { V::template load_tile<T>(sums + T * kLanes, kPad * sizeof(float)); });
+}
+template <class V, int TILE>
+inline void store_sums(float* sums) {
+  for_each_tile<TILE>([&]<int T>() { V::template store_tile<T>(sums + T * kLanes, kPad * sizeof(float)); });
+}
+
+// bf16 weights x bf16 activations. A block is counted in steps of 2 k; the unit takes 16 of them at once.
+template <class V>
+struct MatrixBf16 {
+  using X = uint16_t;
+  struct In {
+    Input<uint16_t> rows;
+    Shape<V> shape;
+  };
+  static constexpr bool kMatrix = true;
+  static constexpr int kRowsAtOnce = V::kMatrixRows;
+  static constexpr int64_t kBlock = 2 * kBlockBytes;  // sums go to memory and back between blocks
+  static constexpr int64_t kSteps = 16;
+
+  static In take(Worker&, const Phase&, const Input<X>& rows, int64_t n_rows) {
+    return {rows, {V::kMatrixBytes, rows_of_a_pass<V>(n_rows)}};
+  }
+
+  template <int TILE, class A>
+  static void some_rows(const Phase&, int64_t rows, float* sums, const char* w, const In& in, int64_t row, int64_t step,
+                        int64_t steps, A ahead) {
+    in.shape.set_rows(rows);
+    const uint16_t* x = in.rows.x + row * in.rows.stride + step * 2;
+    load_sums<V, TILE>(sums);
+    for (; steps >= kSteps; steps -= kSteps, w += kSteps * TILE * 64, x += kSteps * 2) {
+      ahead.template pass<V>(kSteps * TILE);
+      multiply<TILE>(w, TILE * 64, x, in.rows.stride * 2);
+    }
+    if (steps > 0) last_steps<TILE>(w, x, in.rows.stride, rows, steps);
+    store_sums<V, TILE>(sums);
+  }
+
+ private:
+  template <int TILE>
+  static void multiply(const char* w, int64_t w_stride, const uint16_t* x, int64_t x_stride) {
+    V::template load_tile<V::kActivations>(x, x_stride);
+    for_each_tile<TILE>([&]<int T>() {
+      constexpr int W = V::kWeights + T % 3;
+      V::template load_tile<W>(w + T * 64, w_stride);
+      V::template multiply_bf16<T, W>();
+    });
+  }
+  // Fewer than 16: zeros behind them.
+  template <int TILE>
+  static void last_steps(const char* w, const uint16_t* x, int64_t stride, int64_t rows, int64_t steps) {
+    alignas(64) char weights[kSteps * TILE * 64] = {};
+    alignas(64) char activations[V::kMatrixRows * V::kMatrixBytes] = {};
+    std::memcpy(weights, w, static_cast<std::size_t>(steps * TILE * 64));
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(activations + r * V::kMatrixBytes, x + r * stride, static_cast<std::size_t>(steps * 4));
+    }
+    multiply<TILE>(weights, TILE * 64, reinterpret_cast<const uint16_t*>(activations), V::kMatrixBytes);
+  }
+};
+
+// Codes x int8 activations: sums of a group by the matrix unit, then scales, as QuantNarrow does.
+template <class V, template <class> class Codes>
+struct MatrixNarrow {
+  using X = float;
+  using Few = QuantNarrow<V, Codes>;
+  using C = Codes<V>;
+  struct In {
+    QuantInput rows;
+    Shape<V> shape;
+    int32_t* group_sums;  // (vectors of a tile, 16 rows, 16)
+  };
+  static constexpr bool kMatrix = true;
+  static constexpr int kRowsAtOnce = V::kMatrixRows;
+  static constexpr int64_t kBlock = kBlockBytes;
+  static constexpr int64_t kSums = V::kMatrixRows * kLanes;
+
+  struct Pace {
+    int64_t lines;    // prefetched at each product
+    int64_t per_row;  // 256ths of a line, afterwards
+  };
+
+  static In take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
+    static_assert(4 * kSums <= kScoreRows * kKeyChunk);
+    const int64_t k_bytes = phase.scale_group < V::kMatrixBytes ? phase.scale_group : V::kMatrixBytes;
+    return {Few::take(worker, phase, rows, n_rows),
+            {k_bytes, rows_of_a_pass<V>(n_rows)},
+            reinterpret_cast<int32_t*>(worker.scores())};
+  }
+
+  template <int TILE, class A>
+  static void some_rows(const Phase& phase, int64_t rows, float* sums, const char* w, const In& in, int64_t row,
+                        int64_t group, int64_t groups, A ahead) {
+    if (rows <= Few::kRowsAtOnce) {
+      return rows_at_once<V, Few, TILE, Few::kRowsAtOnce>(phase, rows, sums, w, in.rows, row, group, groups, ahead);
+    }
+    in.shape.set_rows(rows);
+    const int64_t codes_bytes = phase.scale_group / C::kStep * TILE * 64, lines = phase.group_bytes / 64;
+    // Prefetches are spread, half of them over products and half over rows: memory would rest meanwhile.
+    const int64_t products = TILE * ((phase.scale_group + V::kMatrixBytes - 1) / V::kMatrixBytes);
+    const Pace pace = {lines / (2 * products), ((lines - lines / (2 * products) * products) * 256 + rows - 1) / rows};
+    if constexpr (std::is_same_v<A, AheadTwice>) ahead.move(lines);  // a group is read at once
+    for (int64_t g = group; g < group + groups; ++g, w += phase.group_bytes) {
+      const QuantBlock block = quant_block(phase, w, TILE, 0, codes_bytes);
+      const int64_t at = row * in.rows.group_stride + g;
+      multiply_group<TILE>(phase.scale_group, block.codes, in.rows.x + row * in.rows.stride + g * phase.scale_group,
+                           in.rows.stride, in.group_sums, ahead, pace);
+      const auto add = block.zeros ? add_group<TILE, true, A> : add_group<TILE, false, A>;
+      add(block, rows, in.group_sums, in.rows.scales + at, in.rows.sums + at, in.rows.group_stride, sums, ahead, pace);
+    }
+  }
+
+ private:
+  // Sums of codes x activations over one group, stored.
+  template <int TILE, class A>
+  static void multiply_group(int64_t k, const char* codes, const int8_t* x, int64_t stride, int32_t* out, A& ahead,
+                             const Pace& pace) {
+    alignas(64) char bytes[V::kMatrixRows * TILE * 64];  // codes of 4 bits, taken apart
+    for_each_tile<TILE>([&]<int T>() { V::template clear<T>(); });
+    const int64_t k_bytes = k < V::kMatrixBytes ? k : V::kMatrixBytes, code_bytes = k_bytes / C::kStep * TILE * 64;
+    for (int64_t at = 0; at < k; at += k_bytes, codes += code_bytes) {
+      const char* operand = codes;
+      if constexpr (C::kStep == 8) {
+        for (int64_t i = 0; i < code_bytes; i += TILE * 64) {
+          for (int v = 0; v < TILE; ++v) {
+            const typename V::Raw raw = V::load_raw(codes + i + v * 64);
+            V::store_raw(bytes + 2 * i + v * 64, C::template bytes<0>(raw));
+            V::store_raw(bytes + 2 * i + (TILE + v) * 64, C::template bytes<1>(raw));
+          }
+        }
+        operand = bytes;
+      } else {
+        static_assert(C::kStep == 4);
+      }
+      V::template load_tile<V::kActivations>(x + at, stride);
+      for_each_tile<TILE>([&]<int T>() {
+        constexpr int W = V::kWeights + T % 3;
+        V::template load_tile<W>(operand + T * 64, TILE * 64);
+        V::template multiply_bytes<T, W>();
+        ahead.template pass<V>(pace.lines);
+      });
+    }
+    for_each_tile<TILE>([&]<int T>() { V::template store_tile<T>(out + T * kSums, kLanes * sizeof(int32_t)); });
+  }
+  // All vectors and rows: as the end of a group in narrow_groups.
+  template <int TILE, bool ZEROS, class A>
+  static void add_group(const QuantBlock& block, int64_t rows, const int32_t* group_sums, const float* scales,
+                        const int32_t* sums_of_x, int64_t stride, float* sums, A& ahead, const Pace& pace) {
+    typename V::F scale[TILE];
+    typename V::I zero[TILE];
+    for (int v = 0; v < TILE; ++v) {
+      scale[v] = V::load_f16(reinterpret_cast<const uint16_t*>(block.scales + v * 32));
+      if constexpr (ZEROS) zero[v] = V::load_u8(block.zeros + v * 16);
+    }
+    for (int64_t r = 0; r < rows; ++r, sums += kPad) {
+      const int32_t sum = -sums_of_x[r * stride];
+      const typename V::F row_scale = V::set1(scales[r * stride]);
+      for (int v = 0; v < TILE; ++v) {
+        typename V::I off;
+        if constexpr (ZEROS) {
+          off = V::mul_i(zero[v], V::set1_i(sum));
+        } else {
+          off = V::set1_i(C::kBias * sum);
+        }
+        const typename V::I exact = V::add_i(V::load_i(group_sums + v * kSums + r * kLanes), off);
+        float* total = sums + v * kLanes;
+        V::store(total, V::fma(V::to_f32(exact), V::mul(scale[v], row_scale), V::load(total)));
+      }
+      ahead.template pass<V>((r + 1) * pace.per_row / 256 - r * pace.per_row / 256);
+    }
+  }
+};
+
+}  // namespace flashformer
