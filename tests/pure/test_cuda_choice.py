@@ -99,6 +99,33 @@ def test_other_devices_look_for_no_gpu(device: str, machine: Callable[[GpuInfo |
     assert setup.workers_why == setup.threads.why
 
 
+@pytest.mark.parametrize(
+    ("isa", "options", "rows"),
+    [
+        ("amx", {}, 256),
+        ("amx", {"prompt_chunk": 7}, 7),
+        ("amx", {"quant": "int8"}, 64),
+        ("amx", {"exact": True}, 64),
+        ("amx", {"dtype": "f32"}, 64),
+        ("avx512", {}, 64),
+        (None, {}, 64),
+    ],
+)
+def test_a_matrix_unit_takes_prompts_in_larger_chunks(
+    isa: str | None, options: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "native_isa", lambda: isa)
+    setup = chosen("cpu", **options)
+    assert (setup.prompt_chunk, setup.target.rows) == (rows, max(rows, 16))
+
+
+def test_a_long_context_keeps_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "native_isa", lambda: "amx")
+    model = dataclasses.replace(MODEL, max_positions=registry.MATRIX_CTX + 1)
+    chunks = [set_up(model, BF16, Options(device="cpu", ctx=registry.MATRIX_CTX + more)).prompt_chunk for more in (0, 1)]
+    assert chunks == [256, 64]
+
+
 REFUSED: dict[str, tuple[GpuInfo | str, dict[str, object], str]] = {
     "no gpu": ("no GPU is visible to this process", {}, "no GPU is visible"),
     "f32 as stored": (GPU, {"stored": F32}, "weights in f32"),
