@@ -12,10 +12,14 @@ from tiny import Tiny, put
 
 from flashformer.backends.base import Kernel, Want
 from flashformer.backends.cpu.kernel import CpuKernel
+from flashformer.backends.cpu.native import load_native
 from flashformer.check import check
 from flashformer.formats import F32, Format
 from flashformer.program import Program, Target, build
 from flashformer.program.ir import MAX_HEAD_ROWS
+
+# None: the best that this CPU has; the one below it has its own products.
+ISAS = ["portable", "avx2", *(["avx512"] if "amx" in load_native().isas() else []), None]
 
 
 def program_of(

@@ -54,6 +54,7 @@ struct MatrixBf16 {
   static constexpr int kRowsAtOnce = V::kMatrixRows;
   static constexpr int64_t kBlock = 2 * kBlockBytes;  // sums go to memory and back between blocks
   static constexpr int64_t kSteps = 16;
+  static_assert(kBlock % (kSteps * kPad * 4) == 0, "only the end of k may be less than a product");
 
   static In take(Worker&, const Phase&, const Input<X>& rows, int64_t n_rows) {
     return {rows, {V::kMatrixBytes, rows_of_a_pass<V>(n_rows)}};

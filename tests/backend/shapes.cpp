@@ -24,9 +24,16 @@ void print(const char* kind, const char* weights, int vectors, int rows) {
   std::printf("%s %d %s %d %d\n", kind, vectors * rows * kRegisters, weights, vectors, rows);
 }
 
-// Instances of a product: one that asks for every line twice; one row alone has its own, without prefetches.
+#ifdef __AMX_TILE__
+constexpr bool kMatrix = true;
+#else
+constexpr bool kMatrix = false;
+#endif
+
+// Instances of a product: one that asks for every line twice; one row alone has its own, without prefetches, unless a
+// matrix unit is about, which takes bf16 and many rows.
 void print_product(const char* kind, const char* weights, int vectors, int rows) {
-  for (int instance = 0; instance < (rows == 1 ? 3 : 2); ++instance) print(kind, weights, vectors, rows);
+  for (int instance = 0; instance < (rows == 1 && !kMatrix ? 3 : 2); ++instance) print(kind, weights, vectors, rows);
 }
 
 template <class W>
@@ -44,7 +51,9 @@ concept Narrow = requires(typename T::I acc, typename T::Raw w, typename T::X4 x
 template <template <class> class Codes>
 void quantized(const char* weights) {
   for (int tile : {1, 2, 4}) {
-    for (int rows = 1; rows <= QuantWide<V, Codes>::kRowsAtOnce; ++rows) print_product("fma", weights, 1, rows);
+    for (int rows = 1; rows <= QuantWide<V, Codes>::kRowsAtOnce && !kMatrix; ++rows) {
+      print_product("fma", weights, 1, rows);
+    }
     if constexpr (Narrow<V>) {
       for (int rows = 1; rows <= QuantNarrow<V, Codes>::kRowsAtOnce; ++rows) {
         print_product("bytes", weights, QuantNarrow<V, Codes>::kAtOnce.vectors_of(tile, rows), rows);
@@ -56,16 +65,19 @@ void quantized(const char* weights) {
 }  // namespace
 
 int main() {
+#ifndef __AMX_TILE__
   plain<WeightsF32<V>>("fma", "f32");
   plain<WeightsBf16<V>>("fma", "bf16");
   plain<WeightsF16<V>>("fma", "f16");
-#ifdef __AVX512BF16__
+#endif
+#if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
   plain<WeightsBf16Dot<V>>("dot", "bf16");
 #endif
   quantized<CodesInt8>("int8");
   quantized<CodesInt4>("int4");
   quantized<CodesNf4>("nf4");
   for (const char* cache : {"f32", "bf16", "f16"}) {
+    if (kMatrix && cache[0] == 'b') continue;  // by dot products only
     for (int queries = 1; queries <= kScoreRows; ++queries) print("fma", cache, V::kValuesAtOnce, queries);
     for (int queries = 1; queries <= V::kQueriesAtOnce; ++queries) print("fma", cache, 2, queries);
   }

@@ -23,7 +23,7 @@ from flashformer.backends.cpu.native import load_native
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-WIDTHS = {"avx2": "ymm", "avx512": "zmm", "avx512bf16": "zmm"}
+WIDTHS = {"avx2": "ymm", "avx512": "zmm", "avx512bf16": "zmm", "amx": "zmm"}
 
 
 @cache

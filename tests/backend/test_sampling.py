@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cpu_kernels import cpu_kernel
+from cpu_kernels import ISAS, cpu_kernel
 from numpy.typing import NDArray
 from odd_shapes import random_ids
 from tiny import Tiny, put, tiny
@@ -27,7 +27,6 @@ from flashformer.formats import F32
 from flashformer.program.ir import MAX_HEAD_ROWS, Target
 
 VOCAB = 333
-ISAS = ["portable", "avx2", None]
 
 
 def a_model() -> Tiny:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cpu_kernels import greedy, prefill, prompt_logits
+from cpu_kernels import ISAS, greedy, prefill, prompt_logits
 from numpy.typing import NDArray
 from switch_models import D_MODEL, VOCAB, cpu, random_spec, random_tensors, reference
 from tiny import put, relative_error
@@ -48,7 +48,7 @@ def test_long_prompts_cross_chunks_and_windows(seed: int) -> None:
         kernel.close()
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", None])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("seed", range(6))
 def test_same_bits(seed: int, isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the chunks, the threads, and the other slots."""
@@ -81,7 +81,7 @@ def _beside(kernel: CpuKernel, ids: list[int], other: list[int]) -> bytes:
     return result.tobytes()
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", None])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("weights", "exact"), [(BF16, True), (F16, True), (F16, False)])
 @pytest.mark.parametrize("kv", [F32, BF16, F16])
 def test_16_bit_formats(
@@ -102,7 +102,7 @@ def test_16_bit_formats(
         kernel.close()
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", None])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_f16_is_read_and_written_right(isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """All finite values, subnormal ones too, as a head; and float32 between them, rounded to f16 as numpy does.
 

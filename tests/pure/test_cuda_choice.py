@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import flashformer as ff
 from flashformer.backends import registry
+from flashformer.backends.cpu import topology
 from flashformer.backends.cuda import driver, nvrtc
 from flashformer.backends.cuda.driver import GpuInfo
 from flashformer.cli.app import app
@@ -119,10 +120,12 @@ def test_a_matrix_unit_takes_prompts_in_larger_chunks(
     assert (setup.prompt_chunk, setup.target.rows) == (rows, max(rows, 16))
 
 
-def test_a_long_context_keeps_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_larger_chunks_need_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "native_isa", lambda: "amx")
-    model = dataclasses.replace(MODEL, max_positions=registry.MATRIX_CTX + 1)
-    chunks = [set_up(model, BF16, Options(device="cpu", ctx=registry.MATRIX_CTX + more)).prompt_chunk for more in (0, 1)]
+    chunks = []
+    for free in (1 << 40, 1 << 20):
+        monkeypatch.setattr(topology, "free_memory", lambda free=free: topology.Limit(free, "a test"))
+        chunks.append(set_up(MODEL, BF16, Options(device="cpu", ctx=256)).prompt_chunk)
     assert chunks == [256, 64]
 
 

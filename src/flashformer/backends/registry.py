@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "reference")  # reference: NumPy, for tests
 PROMPT_CHUNK = {"cpu": 64, "cuda": 16, "reference": 64}  # rows of a prompt per forward
-# A matrix unit is through with 64 rows of bf16 before their weights are read. Results of attention grow with the
-# context: 1 MiB for every 128 positions and 256 rows of 32 heads of 64.
-MATRIX_PROMPT_CHUNK, MATRIX_CTX = 256, 32768
+MATRIX_PROMPT_CHUNK = 256  # a matrix unit is through with 64 rows of bf16 before their weights are read
 
 
 def require_device(device: object) -> None:
@@ -34,12 +32,10 @@ def require_device(device: object) -> None:
         raise RequestError(f"device={device!r}: expected one of auto, cpu, cuda")
 
 
-def prompt_chunk(target: Target, device: str) -> int:
-    """Rows of a prompt per forward; `target` is read for all but its rows."""
-    by_matrix = device == "cpu" and target.body_quant is None and target.weight_format is BF16 and not target.exact
-    if by_matrix and target.ctx <= MATRIX_CTX and native_isa() == "amx":
-        return MATRIX_PROMPT_CHUNK
-    return PROMPT_CHUNK[device]
+def waits_for_weights(target: Target, device: str) -> bool:
+    """Whether PROMPT_CHUNK rows take less time than the weights they are multiplied by."""
+    as_stored = target.body_quant is None and target.weight_format is BF16 and not target.exact
+    return device == "cpu" and as_stored and native_isa() == "amx"
 
 
 def choose_gpu(device: str, spec: ModelSpec, target_on: Callable[[GpuInfo], Target]) -> GpuInfo | None:

@@ -7,18 +7,20 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..backends.cpu import topology
-from ..backends.registry import choose_gpu, prompt_chunk, require_device
+from ..backends.registry import MATRIX_PROMPT_CHUNK, PROMPT_CHUNK, choose_gpu, require_device, waits_for_weights
 from ..checkpoint import PackedFormats
 from ..errors import LoadError, RequestError
 from ..formats import F32, FORMATS, QUANT_NAMES, QUANTS, Format, find_quant
 from ..model.spec import ModelSpec, RopeKind
 from ..program.ir import KEY_CHUNK, MAX_HEAD_ROWS, Layout, Memory, Target
+from ..program.memory import plan_memory
 from .request import LIMITS, flag, integer
 
 if TYPE_CHECKING:
     from ..backends.cuda.driver import GpuInfo
 
 DEFAULT_CTX = 8192
+MOST_BUFFERS = 1 / 64  # of the free memory, for the larger chunks of prompts
 HEAD_QUANT = QUANTS["int8-g128"]  # of lm_head where the layers have fewer bits: there an error is an error of a token
 
 _OTHER = "leave it out to run them as they are, or quantize the original again"
@@ -104,9 +106,19 @@ def _set_up(spec: ModelSpec, formats: PackedFormats, options: Options, device: s
         head_quant=formats.head_quant,
         layout=Layout.FRAGMENTS if gpu else Layout.LANES,
     )
-    chunk = prompt_chunk(target, device) if options.prompt_chunk is None else options.prompt_chunk
+    chunk = options.prompt_chunk or _prompt_chunk(spec, target, device, free)
     target = replace(target, rows=max(chunk, MAX_HEAD_ROWS))
     return Setup(device, target, chunk, threads, ctx_why, free, gpu)
+
+
+def _prompt_chunk(spec: ModelSpec, target: Target, device: str, free: topology.Limit | None) -> int:
+    """Rows of a prompt per forward: more where weights are waited for and the buffers stay small."""
+    larger = replace(target, rows=MATRIX_PROMPT_CHUNK)
+    if waits_for_weights(target, device):
+        buffers = plan_memory(spec, larger, 0).buffers_bytes
+        if free is None or buffers <= free.value * MOST_BUFFERS:
+            return MATRIX_PROMPT_CHUNK
+    return PROMPT_CHUNK[device]
 
 
 def _formats(stored: Format, options: Options) -> PackedFormats:
