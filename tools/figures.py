@@ -27,10 +27,15 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def machine(record: Record) -> str:
+    """What was measured on, in a phrase: one table is of one machine."""
+    return f"{record['machine']['cpu']}, {record['machine']['isa']}, {record['threads']} threads"
+
+
 def latest(records: Iterable[Record]) -> list[Record]:
     """The last record of every measurement, in the order in which the measurements first appear."""
-    keys = ("model", "quant", "device", "threads", "test", "rows", "depth")
-    return list({tuple(record[key] for key in keys): record for record in records}.values())
+    keys = ("model", "quant", "device", "test", "rows", "depth")
+    return list({(machine(record), *(record[key] for key in keys)): record for record in records}.values())
 
 
 def every(*_: Record) -> bool:
@@ -38,7 +43,7 @@ def every(*_: Record) -> bool:
 
 
 def benchmark_figures(results: Path = RESULTS, shown_if: Callable[[Record], bool] = every) -> str:
-    """The newest record of every measurement of `flashformer bench`."""
+    """The newest record of every measurement of `flashformer bench`, a table for every machine."""
     lines = [line for path in sorted(results.glob("*.jsonl")) for line in path.read_text().splitlines()]
     records = latest(record for record in map(json.loads, lines) if "device" in record)  # others are of other kinds
     order = ("model", "quant", "test", "rows", "depth")
@@ -58,9 +63,12 @@ def benchmark_figures(results: Path = RESULTS, shown_if: Callable[[Record], bool
         weights = "as stored" if r["quant"] == "none" else r["quant"]
         return [r["model"], weights, test, r["depth"], *speed, share, r["commit"]]
 
-    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['isa']}, {r['threads']} threads" for r in records})
     header = ("model", "weights", "test", "context", "tokens/s", "GB/s", "measured read GB/s", "of measured", "commit")
-    return "\n".join([table(header, map(row, records)), "", f"Measured on: {'; '.join(machines)}."])
+    tables = []
+    for name in sorted(set(map(machine, records))):
+        rows = [row(r) for r in records if machine(r) == name]
+        tables.append("\n".join([table(header, rows), "", f"Measured on: {name}."]))
+    return "\n\n".join(tables)
 
 
 def latest_pairs(results: Path = RESULTS) -> list[tuple[Record, Record]]:
@@ -69,16 +77,24 @@ def latest_pairs(results: Path = RESULTS) -> list[tuple[Record, Record]]:
     """
     path = results / "engines.jsonl"
     records = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    keys = ("model", "format", "test", "depth", "threads")
+    keys = ("model", "format", "test", "depth")
     pairs = ((record, pair) for record in records for pair in record["pairs"] if pair["matched"])
-    newest = {(*(record[key] for key in keys), pair["ours"], pair["peer"]): (record, pair) for record, pair in pairs}
+    newest = {
+        (machine(record), *(record[key] for key in keys), pair["ours"], pair["peer"]): (record, pair)
+        for record, pair in pairs
+    }
     return list(newest.values())
 
 
 def engine_figures(results: Path = RESULTS, shown_if: Callable[[Record, Record], bool] = every) -> str:
-    """Every matched pair of `benchmarks/compare_engines.py`; empty if none is recorded."""
-    rows, versions = [], set()
+    """Every matched pair of `benchmarks/compare_engines.py`, a table for every machine; empty if none is recorded."""
     pairs = [(record, pair) for record, pair in latest_pairs(results) if shown_if(record, pair)]
+    names = sorted({machine(record) for record, _ in pairs})
+    return "\n\n".join(pairs_table(name, [both for both in pairs if machine(both[0]) == name]) for name in names)
+
+
+def pairs_table(name: str, pairs: Iterable[tuple[Record, Record]]) -> str:
+    rows, versions = [], set()
     for record, pair in pairs:
         prompt = record["test"] == "prefill"
         test = f"prompt of {record['tokens']}" if prompt else f"decode, {record['depth']} cached"
@@ -93,12 +109,9 @@ def engine_figures(results: Path = RESULTS, shown_if: Callable[[Record, Record],
         about = [fast, f"{pair['bytes_per_token']:.3f}", record["rounds"], record["commit"]]
         rows.append([record["model"], test, ours["weights"], *speeds[:2], pair["theirs"], *speeds[2:], *about])
         versions.add(f"{pair['peer']} {theirs['version']}")
-    if not rows:
-        return ""
     header = ["model", "test", "weights", "tokens/s", "GB/s", "beside", "tokens/s", "GB/s"]
     header += ["times as fast (min to max)", "bytes per token, ours / theirs", "rounds", "commit"]
-    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['isa']}, {r['threads']} threads" for r, _ in pairs})
-    note = f"Engines taking turns, pairs within a round, with {'; '.join(sorted(versions))}; on {'; '.join(machines)}."
+    note = f"Engines taking turns, pairs within a round, with {'; '.join(sorted(versions))}; on {name}."
     return "\n".join([table(header, rows), "", note])
 
 

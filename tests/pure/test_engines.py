@@ -187,4 +187,10 @@ def test_the_newest_pair_of_a_cell_is_shown(tmp_path: Path) -> None:
         "",
         "Engines taking turns, pairs within a round, with llama.cpp 0.3; on X, avx2, 2 threads.",
     ]
+    with (tmp_path / "engines.jsonl").open("a") as results:
+        results.write(json.dumps(record | {"machine": {"cpu": "Y", "isa": "amx"}, "commit": "c3"}) + "\n")
+    first, _, second, note = figures.engine_figures(tmp_path).split("\n\n")
+    assert first.splitlines() == shown[:4]
+    assert second.splitlines()[2:] == [shown[2].replace("| c1 |", "| c3 |")]
+    assert note.endswith("on Y, amx, 2 threads.")
     assert figures.engine_figures(tmp_path / "nothing") == ""
