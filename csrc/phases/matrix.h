@@ -120,9 +120,8 @@ struct MatrixNarrow {
 
   static In take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
     static_assert(4 * kSums <= kScoreRows * kKeyChunk);
-    const int64_t k_bytes = phase.scale_group < V::kMatrixBytes ? phase.scale_group : V::kMatrixBytes;
     return {Few::take(worker, phase, rows, n_rows),
-            {k_bytes, rows_of_a_pass<V>(n_rows)},
+            {k_of_a_product(phase.scale_group), rows_of_a_pass<V>(n_rows)},
             reinterpret_cast<int32_t*>(worker.scores())};
   }
 
@@ -135,8 +134,9 @@ struct MatrixNarrow {
     in.shape.set_rows(rows);
     const int64_t codes_bytes = phase.scale_group / C::kStep * TILE * 64, lines = phase.group_bytes / 64;
     // Prefetches are spread, half of them over products and half over rows: memory would rest meanwhile.
-    const int64_t products = TILE * ((phase.scale_group + V::kMatrixBytes - 1) / V::kMatrixBytes);
-    const Pace pace = {lines / (2 * products), ((lines - lines / (2 * products) * products) * 256 + rows - 1) / rows};
+    const int64_t products = TILE * (phase.scale_group / k_of_a_product(phase.scale_group));
+    const int64_t of_a_product = lines / (2 * products), of_rows = lines - of_a_product * products;
+    const Pace pace = {of_a_product, (of_rows * 256 + rows - 1) / rows};
     if constexpr (std::is_same_v<A, AheadTwice>) ahead.move(lines);  // a group is read at once
     for (int64_t g = group; g < group + groups; ++g, w += phase.group_bytes) {
       const QuantBlock block = quant_block(phase, w, TILE, 0, codes_bytes);
@@ -149,13 +149,15 @@ struct MatrixNarrow {
   }
 
  private:
+  static int64_t k_of_a_product(int64_t group) { return group < V::kMatrixBytes ? group : V::kMatrixBytes; }
+
   // Sums of codes x activations over one group, stored.
   template <int TILE, class A>
   static void multiply_group(int64_t k, const char* codes, const int8_t* x, int64_t stride, int32_t* out, A& ahead,
                              const Pace& pace) {
     alignas(64) char bytes[V::kMatrixRows * TILE * 64];  // codes of 4 bits, taken apart
     for_each_tile<TILE>([&]<int T>() { V::template clear<T>(); });
-    const int64_t k_bytes = k < V::kMatrixBytes ? k : V::kMatrixBytes, code_bytes = k_bytes / C::kStep * TILE * 64;
+    const int64_t k_bytes = k_of_a_product(k), code_bytes = k_bytes / C::kStep * TILE * 64;
     for (int64_t at = 0; at < k; at += k_bytes, codes += code_bytes) {
       const char* operand = codes;
       if constexpr (C::kStep == 8) {

@@ -152,11 +152,14 @@ struct Plain : P {
 template <class V, class W, int TILE, int R, class In, class A>
 inline void rows_at_once(const Phase& phase, int64_t rows, float* sums, const char* w, const In& in, int64_t row,
                          int64_t group, int64_t groups, A ahead) {
-  if constexpr (W::kMatrix) return W::template some_rows<TILE>(phase, rows, sums, w, in, row, group, groups, ahead);
-  if constexpr (!W::kMatrix && R > 1) {
-    if (rows < R) return rows_at_once<V, W, TILE, R - 1>(phase, rows, sums, w, in, row, group, groups, ahead);
+  if constexpr (W::kMatrix) {
+    W::template some_rows<TILE>(phase, rows, sums, w, in, row, group, groups, ahead);
+  } else {
+    if constexpr (R > 1) {
+      if (rows < R) return rows_at_once<V, W, TILE, R - 1>(phase, rows, sums, w, in, row, group, groups, ahead);
+    }
+    W::template rows<TILE, R>(phase, sums, w, in, row, group, groups, ahead);
   }
-  if constexpr (!W::kMatrix) W::template rows<TILE, R>(phase, sums, w, in, row, group, groups, ahead);
 }
 
 // One tile for all rows. `next`: where this worker reads after this tile. `twice`: see Forward::software_prefetch.

@@ -113,12 +113,11 @@ def _set_up(spec: ModelSpec, formats: PackedFormats, options: Options, device: s
 
 def _prompt_chunk(spec: ModelSpec, target: Target, device: str, free: topology.Limit | None) -> int:
     """Rows of a prompt per forward: more where weights are waited for and the buffers stay small."""
-    larger = replace(target, rows=MATRIX_PROMPT_CHUNK)
-    if waits_for_weights(target, device):
-        buffers = plan_memory(spec, larger, 0).buffers_bytes
-        if free is None or buffers <= free.value * MOST_BUFFERS:
-            return MATRIX_PROMPT_CHUNK
-    return PROMPT_CHUNK[device]
+    if not waits_for_weights(target, device):
+        return PROMPT_CHUNK[device]
+    buffers = plan_memory(spec, replace(target, rows=MATRIX_PROMPT_CHUNK), 0).buffers_bytes
+    small = free is None or buffers <= free.value * MOST_BUFFERS
+    return MATRIX_PROMPT_CHUNK if small else PROMPT_CHUNK[device]
 
 
 def _formats(stored: Format, options: Options) -> PackedFormats:
