@@ -1,7 +1,7 @@
 // Products by a matrix unit (V::configure, load_tile, multiply_...): the weights of a tile are its operand as they lie
-// packed, 16 outputs by 64 bytes of k; up to 16 rows of activations are the other. bf16 goes through it whatever the
-// number of rows, as its sums have an order of their own; sums of bytes are exact, so few rows take QuantNarrow, which
-// gives the same bits.
+// packed, 16 outputs by 64 bytes of k; up to 16 rows of activations are the other. Few rows, which it would not serve
+// at the speed of memory, take loops that give the same bits: QuantNarrow, as sums of bytes are exact, and for one row
+// of bf16 FMAs in the unit's order.
 #pragma once
 
 #include <cstring>
@@ -63,8 +63,12 @@ struct MatrixBf16 {
   template <int TILE, class A>
   static void some_rows(const Phase&, int64_t rows, float* sums, const char* w, const In& in, int64_t row, int64_t step,
                         int64_t steps, A ahead) {
-    in.shape.set_rows(rows);
     const uint16_t* x = in.rows.x + row * in.rows.stride + step * 2;
+    if (rows == 1) {
+      const typename V::UnitArithmetic as_the_unit;
+      return one_row<TILE>(sums, w, x, steps, ahead);
+    }
+    in.shape.set_rows(rows);
     load_sums<V, TILE>(sums);
     for (; steps >= kSteps; steps -= kSteps, w += kSteps * TILE * 64, x += kSteps * 2) {
       ahead.template pass<V>(kSteps * TILE);
@@ -94,6 +98,34 @@ struct MatrixBf16 {
       std::memcpy(activations + r * V::kMatrixBytes, x + r * stride, static_cast<std::size_t>(steps * 4));
     }
     multiply<TILE>(weights, TILE * 64, reinterpret_cast<const uint16_t*>(activations), V::kMatrixBytes);
+  }
+
+  // One row as the unit computes it: of 16 steps, even k and odd k each from zero. A call of its own, as what comes
+  // before and after it has other floating-point control.
+  template <int TILE, class A>
+  [[gnu::noinline]] static void one_row(float* sums, const char* w, const uint16_t* x, int64_t steps, A ahead) {
+    typename V::F sum[TILE];
+    for (int v = 0; v < TILE; ++v) sum[v] = V::load(sums + v * kLanes);
+    for (; steps > 0; steps -= kSteps, w += kSteps * TILE * 64, x += kSteps * 2) {
+      typename V::F even[TILE], odd[TILE];
+      for (int v = 0; v < TILE; ++v) even[v] = odd[v] = V::zero();
+      const int64_t n = steps < kSteps ? steps : kSteps;
+      for (int64_t s = 0; s < n; ++s) {
+        const typename V::F x0 = V::set1_bf16(x[2 * s]), x1 = V::set1_bf16(x[2 * s + 1]);
+        for (int v = 0; v < TILE; ++v) {
+          const typename V::Raw weight = V::load_once(w + (s * TILE + v) * 64);
+          ahead.template prefetch<V>(s * TILE + v);
+          even[v] = V::fma(V::even_bf16(weight), x0, even[v]);
+          odd[v] = V::fma(V::odd_bf16(weight), x1, odd[v]);
+        }
+      }
+      ahead.move(n * TILE);
+      if (n < kSteps) {  // zeros behind them make -0 a +0
+        for (int v = 0; v < TILE; ++v) even[v] = V::add(even[v], V::zero()), odd[v] = V::add(odd[v], V::zero());
+      }
+      for (int v = 0; v < TILE; ++v) sum[v] = V::add(sum[v], V::add(even[v], odd[v]));
+    }
+    for (int v = 0; v < TILE; ++v) V::store(sums + v * kLanes, sum[v]);
   }
 };
 

@@ -51,6 +51,24 @@ struct Avx512Amx : Avx512 {
   static void multiply_bf16() {
     asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(W), "i"(kActivations), "i"(SUMS));
   }
+  // While one lives FMAs take subnormals as the unit does, for zeros.
+  class UnitArithmetic {
+   public:
+    UnitArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
+    ~UnitArithmetic() { _mm_setcsr(before_); }
+    UnitArithmetic(const UnitArithmetic&) = delete;
+    UnitArithmetic& operator=(const UnitArithmetic&) = delete;
+
+   private:
+    unsigned before_;
+  };
+  // Into a register: g++ would load it again for each use (one row of bf16: 8 % slower).
+  static Raw load_once(const char* p) {
+    Raw w = load_raw(p);
+    asm("" : "+v"(w));
+    return w;
+  }
+  static F set1_bf16(uint16_t x) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x) << 16)); }
   // signed activations x unsigned weights, exact
   template <int SUMS, int W>
   static void multiply_bytes() {

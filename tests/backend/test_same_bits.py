@@ -72,6 +72,26 @@ def test_prefetches(weights: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(seen["on"])) == 1
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
+def test_subnormals(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, products and sums next to and below the least normal number: one row as among others, bits and signs."""
+    if isa not in _cpu.isas():
+        assert isa != "portable"
+        pytest.skip(f"this CPU has no {isa}: nothing to run")
+    monkeypatch.setenv("FLASHFORMER_ISA", isa)
+    model, prompt = replace(MODEL, tied=False).make(4), ids()[:40]
+    head = model.tensors["lm_head"]
+    exponents = np.random.default_rng(6).uniform(-41, -37, head.data.shape)
+    small = Tensor(head.name, F32, (np.sign(head.data) * 10.0**exponents).astype(np.float32))
+    model = replace(model, tensors={**model.tensors, "lm_head": small})
+    with cpu_kernel(model, weights=BF16, kv=BF16) as kernel:
+        logits = [prompt_logits(kernel, prompt, chunk=chunk) for chunk in (1, 2, 9)]
+    least = np.finfo(np.float32).tiny
+    assert (np.abs(logits[0]) < least).any()
+    assert (np.abs(logits[0]) > 10 * least).any()
+    assert logits[0].tobytes() == logits[1].tobytes() == logits[2].tobytes()
+
+
 def test_random_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 runs, each by workers that stall at random."""
     model, prompt = MODEL.make(4), ids()[:9]
