@@ -129,32 +129,67 @@ struct MatrixBf16 {
   }
 };
 
+// Codes of 4 bits as signed bytes, taken apart once for all rows that pass over a block.
+template <class V, class C>
+class SignedBytes {
+ public:
+  // Of group i of a block of `groups`, k * TILE * 16 codes. What is too large to be kept is read once only.
+  template <int TILE>
+  const char* group(const char* block, int64_t groups, int64_t i, const char* codes, int64_t k) const {
+    static_assert(C::kStep == 8);
+    const int64_t n = k * TILE * 16;
+    const bool kept = groups * n <= kBytes;
+    char* bytes = bytes_ + (kept ? i : i % 2) * n;
+    if (kept && block == block_ && i < known_) return bytes;
+    block_ = block;
+    known_ = i + 1;
+    for (int64_t at = 0; at < n / 2; at += TILE * 64) {
+      for (int v = 0; v < TILE; ++v) {
+        const typename V::Raw raw = V::load_raw(codes + at + v * 64);
+        char* to = bytes + 2 * at + v * 64;
+        V::store_raw(to, V::subtract_bytes(C::template bytes<0>(raw), C::kBias));
+        V::store_raw(to + TILE * 64, V::subtract_bytes(C::template bytes<1>(raw), C::kBias));
+      }
+    }
+    return bytes;
+  }
+
+ private:
+  static constexpr int64_t kBytes = 24 << 10;
+  alignas(64) mutable char bytes_[kBytes];
+  mutable const char* block_ = nullptr;
+  mutable int64_t known_ = 0;  // groups of it, from the first on
+};
+
+// Codes of 8 bits are bytes as they lie, off by kBias.
+template <class V, class C>
+struct BytesAsTheyAre {
+  template <int TILE>
+  const char* group(const char*, int64_t, int64_t, const char* codes, int64_t) const {
+    return codes;
+  }
+};
+
 // Codes x int8 activations: sums of a group by the matrix unit, then scales, as QuantNarrow does.
 template <class V, template <class> class Codes>
 struct MatrixNarrow {
   using X = float;
   using Few = QuantNarrow<V, Codes>;
   using C = Codes<V>;
+  static constexpr bool kSigned = C::kStep == 8;
   struct In {
     QuantInput rows;
     Shape<V> shape;
-    int32_t* group_sums;  // (vectors of a tile, 16 rows, 16)
+    std::conditional_t<kSigned, SignedBytes<V, C>, BytesAsTheyAre<V, C>> codes;
+    alignas(64) mutable int32_t sums[V::kMatrixRows * kPad];  // of a group, (rows, vectors, 16)
   };
   static constexpr bool kMatrix = true;
   static constexpr int kRowsAtOnce = V::kMatrixRows;
   static constexpr int64_t kBlock = kBlockBytes;
-  static constexpr int64_t kSums = V::kMatrixRows * kLanes;
-
-  struct Pace {
-    int64_t lines;    // prefetched at each product
-    int64_t per_row;  // 256ths of a line, afterwards
-  };
 
   static In take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
-    static_assert(4 * kSums <= kScoreRows * kKeyChunk);
-    return {Few::take(worker, phase, rows, n_rows),
-            {k_of_a_product(phase.scale_group), rows_of_a_pass<V>(n_rows)},
-            reinterpret_cast<int32_t*>(worker.scores())};
+    return {
+        Few::take(worker, phase, rows, n_rows), {k_of_a_product(phase.scale_group), rows_of_a_pass<V>(n_rows)}, {}, {}};
   }
 
   template <int TILE, class A>
@@ -164,81 +199,70 @@ struct MatrixNarrow {
       return rows_at_once<V, Few, TILE, Few::kRowsAtOnce>(phase, rows, sums, w, in.rows, row, group, groups, ahead);
     }
     in.shape.set_rows(rows);
-    const int64_t codes_bytes = phase.scale_group / C::kStep * TILE * 64, lines = phase.group_bytes / 64;
-    // Prefetches are spread, half of them over products and half over rows: memory would rest meanwhile.
-    const int64_t products = TILE * (phase.scale_group / k_of_a_product(phase.scale_group));
-    const int64_t of_a_product = lines / (2 * products), of_rows = lines - of_a_product * products;
-    const Pace pace = {of_a_product, (of_rows * 256 + rows - 1) / rows};
+    const int64_t k = phase.scale_group, lines = phase.group_bytes / 64;
+    // Prefetches are spread over products and rows: memory would rest meanwhile.
+    const int64_t products = TILE * (k / k_of_a_product(k)), of_rows = std::min(rows, lines / 2);
+    const int64_t of_a_product = (lines - of_rows + products - 1) / products;
     if constexpr (std::is_same_v<A, AheadTwice>) ahead.move(lines);  // a group is read at once
-    for (int64_t g = group; g < group + groups; ++g, w += phase.group_bytes) {
-      const QuantBlock block = quant_block(phase, w, TILE, 0, codes_bytes);
-      const int64_t at = row * in.rows.group_stride + g;
-      multiply_group<TILE>(phase.scale_group, block.codes, in.rows.x + row * in.rows.stride + g * phase.scale_group,
-                           in.rows.stride, in.group_sums, ahead, pace);
-      const auto add = block.zeros ? add_group<TILE, true, A> : add_group<TILE, false, A>;
-      add(block, rows, in.group_sums, in.rows.scales + at, in.rows.sums + at, in.rows.group_stride, sums, ahead, pace);
+    const auto block = [&](int64_t i) {
+      return quant_block(phase, w + i * phase.group_bytes, TILE, 0, k / C::kStep * TILE * 64);
+    };
+    const auto codes_of = [&](int64_t i) { return in.codes.template group<TILE>(w, groups, i, block(i).codes, k); };
+    const auto add = phase.zero_points ? add_group<TILE, true, A> : add_group<TILE, false, A>;
+    const char* codes = codes_of(0);
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t g = group + i, at = row * in.rows.group_stride + g;
+      const int8_t* x = in.rows.x + row * in.rows.stride + g * k;
+      multiply_group<TILE>(k, codes, x, in.rows.stride, in.sums, ahead, of_a_product);
+      if (i + 1 < groups) codes = codes_of(i + 1);  // before what is stored is read
+      add(block(i), rows, in.sums, in.rows.scales + at, in.rows.sums + at, in.rows.group_stride, sums, ahead, of_rows);
     }
   }
 
  private:
   static int64_t k_of_a_product(int64_t group) { return group < V::kMatrixBytes ? group : V::kMatrixBytes; }
 
-  // Sums of codes x activations over one group, stored.
+  // Sums over one group of bytes x activations.
   template <int TILE, class A>
   static void multiply_group(int64_t k, const char* codes, const int8_t* x, int64_t stride, int32_t* out, A& ahead,
-                             const Pace& pace) {
-    alignas(64) char bytes[V::kMatrixRows * TILE * 64];  // codes of 4 bits, taken apart
+                             int64_t lines) {
     for_each_tile<TILE>([&]<int T>() { V::template clear<T>(); });
-    const int64_t k_bytes = k_of_a_product(k), code_bytes = k_bytes / C::kStep * TILE * 64;
-    for (int64_t at = 0; at < k; at += k_bytes, codes += code_bytes) {
-      const char* operand = codes;
-      if constexpr (C::kStep == 8) {
-        for (int64_t i = 0; i < code_bytes; i += TILE * 64) {
-          for (int v = 0; v < TILE; ++v) {
-            const typename V::Raw raw = V::load_raw(codes + i + v * 64);
-            V::store_raw(bytes + 2 * i + v * 64, C::template bytes<0>(raw));
-            V::store_raw(bytes + 2 * i + (TILE + v) * 64, C::template bytes<1>(raw));
-          }
-        }
-        operand = bytes;
-      } else {
-        static_assert(C::kStep == 4);
-      }
+    const int64_t k_bytes = k_of_a_product(k);
+    for (int64_t at = 0; at < k; at += k_bytes, codes += k_bytes / 4 * TILE * 64) {
       V::template load_tile<V::kActivations>(x + at, stride);
       for_each_tile<TILE>([&]<int T>() {
         constexpr int W = V::kWeights + T % 3;
-        V::template load_tile<W>(operand + T * 64, TILE * 64);
-        V::template multiply_bytes<T, W>();
-        ahead.template pass<V>(pace.lines);
+        V::template load_tile<W>(codes + T * 64, TILE * 64);
+        V::template multiply_bytes<T, W, kSigned>();
+        ahead.template pass<V>(lines);
       });
     }
-    for_each_tile<TILE>([&]<int T>() { V::template store_tile<T>(out + T * kSums, kLanes * sizeof(int32_t)); });
+    for_each_tile<TILE>([&]<int T>() { V::template store_tile<T>(out + T * kLanes, kPad * sizeof(int32_t)); });
   }
   // All vectors and rows: as the end of a group in narrow_groups.
   template <int TILE, bool ZEROS, class A>
   static void add_group(const QuantBlock& block, int64_t rows, const int32_t* group_sums, const float* scales,
-                        const int32_t* sums_of_x, int64_t stride, float* sums, A& ahead, const Pace& pace) {
+                        const int32_t* sums_of_x, int64_t stride, float* sums, A& ahead, int64_t of_rows) {
     typename V::F scale[TILE];
     typename V::I zero[TILE];
     for (int v = 0; v < TILE; ++v) {
       scale[v] = V::load_f16(reinterpret_cast<const uint16_t*>(block.scales + v * 32));
-      if constexpr (ZEROS) zero[v] = V::load_u8(block.zeros + v * 16);
+      if constexpr (ZEROS) zero[v] = V::add_i(V::load_u8(block.zeros + v * 16), V::set1_i(kSigned ? -C::kBias : 0));
     }
-    for (int64_t r = 0; r < rows; ++r, sums += kPad) {
-      const int32_t sum = -sums_of_x[r * stride];
+    for (int64_t r = 0; r < rows; ++r, sums += kPad, group_sums += kPad) {
       const typename V::F row_scale = V::set1(scales[r * stride]);
+      const int32_t sum = -sums_of_x[r * stride];
       for (int v = 0; v < TILE; ++v) {
-        typename V::I off;
+        typename V::I exact = V::load_i(group_sums + v * kLanes);
         if constexpr (ZEROS) {
-          off = V::mul_i(zero[v], V::set1_i(sum));
-        } else {
-          off = V::set1_i(C::kBias * sum);
+          exact = V::add_i(exact, V::mul_i(zero[v], V::set1_i(sum)));
+        } else if constexpr (!kSigned) {
+          exact = V::add_i(exact, V::set1_i(C::kBias * sum));
         }
-        const typename V::I exact = V::add_i(V::load_i(group_sums + v * kSums + r * kLanes), off);
         float* total = sums + v * kLanes;
         V::store(total, V::fma(V::to_f32(exact), V::mul(scale[v], row_scale), V::load(total)));
       }
-      ahead.template pass<V>((r + 1) * pace.per_row / 256 - r * pace.per_row / 256);
+      if (r < of_rows) ahead.template pass<V>(1);
     }
   }
 };

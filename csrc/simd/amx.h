@@ -69,10 +69,15 @@ struct Avx512Amx : Avx512 {
     return w;
   }
   static F set1_bf16(uint16_t x) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x) << 16)); }
-  // signed activations x unsigned weights, exact
-  template <int SUMS, int W>
+  static Raw subtract_bytes(Raw a, int b) { return _mm512_sub_epi8(a, _mm512_set1_epi8(static_cast<char>(b))); }
+  // signed activations x weights, exact
+  template <int SUMS, int W, bool SIGNED>
   static void multiply_bytes() {
-    asm volatile("tdpbsud %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(W), "i"(kActivations), "i"(SUMS));
+    if constexpr (SIGNED) {
+      asm volatile("tdpbssd %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(W), "i"(kActivations), "i"(SUMS));
+    } else {
+      asm volatile("tdpbsud %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(W), "i"(kActivations), "i"(SUMS));
+    }
   }
 };
 

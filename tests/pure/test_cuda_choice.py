@@ -105,7 +105,8 @@ def test_other_devices_look_for_no_gpu(device: str, machine: Callable[[GpuInfo |
     [
         ("amx", {}, 256),
         ("amx", {"prompt_chunk": 7}, 7),
-        ("amx", {"quant": "int8"}, 64),
+        ("amx", {"quant": "int8"}, 128),
+        ("amx", {"quant": "int4", "exact": True}, 64),
         ("amx", {"exact": True}, 64),
         ("amx", {"dtype": "f32"}, 64),
         ("avx512", {}, 64),

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "reference")  # reference: NumPy, for tests
 PROMPT_CHUNK = {"cpu": 64, "cuda": 16, "reference": 64}  # rows of a prompt per forward
-MATRIX_PROMPT_CHUNK = 256  # a matrix unit is through with 64 rows of bf16 before their weights are read
+# A matrix unit is through with 64 rows before the weights they are multiplied by are read.
+MATRIX_PROMPT_CHUNK = {"bf16": 256, "quantized": 128}
 
 
 def require_device(device: object) -> None:
@@ -32,10 +33,14 @@ def require_device(device: object) -> None:
         raise RequestError(f"device={device!r}: expected one of auto, cpu, cuda")
 
 
-def waits_for_weights(target: Target, device: str) -> bool:
-    """Whether PROMPT_CHUNK rows take less time than the weights they are multiplied by."""
-    as_stored = target.body_quant is None and target.weight_format is BF16 and not target.exact
-    return device == "cpu" and as_stored and native_isa() == "amx"
+def prompt_chunk(target: Target, device: str) -> int:
+    """Rows of a prompt per forward, so many that their products take longer than reading the weights."""
+    if device == "cpu" and not target.exact and native_isa() == "amx":
+        if target.body_quant is not None:
+            return MATRIX_PROMPT_CHUNK["quantized"]
+        if target.weight_format is BF16:
+            return MATRIX_PROMPT_CHUNK["bf16"]
+    return PROMPT_CHUNK[device]
 
 
 def choose_gpu(device: str, spec: ModelSpec, target_on: Callable[[GpuInfo], Target]) -> GpuInfo | None:

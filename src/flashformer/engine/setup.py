@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..backends.cpu import topology
-from ..backends.registry import MATRIX_PROMPT_CHUNK, PROMPT_CHUNK, choose_gpu, require_device, waits_for_weights
+from ..backends.registry import PROMPT_CHUNK, choose_gpu, prompt_chunk, require_device
 from ..checkpoint import PackedFormats
 from ..errors import LoadError, RequestError
 from ..formats import F32, FORMATS, QUANT_NAMES, QUANTS, Format, find_quant
@@ -112,12 +112,11 @@ def _set_up(spec: ModelSpec, formats: PackedFormats, options: Options, device: s
 
 
 def _prompt_chunk(spec: ModelSpec, target: Target, device: str, free: topology.Limit | None) -> int:
-    """Rows of a prompt per forward: more where weights are waited for and the buffers stay small."""
-    if not waits_for_weights(target, device):
-        return PROMPT_CHUNK[device]
-    buffers = plan_memory(spec, replace(target, rows=MATRIX_PROMPT_CHUNK), 0).buffers_bytes
+    """Rows of a prompt per forward: more than the usual ones only where their buffers stay small."""
+    chunk = prompt_chunk(target, device)
+    buffers = plan_memory(spec, replace(target, rows=chunk), 0).buffers_bytes
     small = free is None or buffers <= free.value * MOST_BUFFERS
-    return MATRIX_PROMPT_CHUNK if small else PROMPT_CHUNK[device]
+    return chunk if small else PROMPT_CHUNK[device]
 
 
 def _formats(stored: Format, options: Options) -> PackedFormats:
