@@ -90,7 +90,7 @@ def right(
             child, facts = stack.enter_context(started(arm, folder, args))
             closeness = compare(logits(child, args.work), known)
         except EngineError as failed:
-            left_out[arm.name] = str(failed)
+            left_out[arm.name] = str(failed).partition("\n")[0]
             say(f"{arm.name} is left out: {failed}")
             continue
         shown = f"KL {closeness.kl:.2e}, {closeness.lost:.2%} lost, cosine {closeness.cosine:.5f}, "

@@ -87,7 +87,7 @@ def make_arms(
         try:
             arms.append(_openvino(folder, fmt, work, peers.openvino))
         except subprocess.CalledProcessError as failed:
-            left_out[PEERS[2]] = f"{failed}; {work / 'export.log'} has the reason"
+            left_out[PEERS[2]] = f"its export ended with {failed.returncode}; export.log has the reason"
     return arms, left_out
 
 

@@ -17,7 +17,7 @@ TICKS_S = os.sysconf("SC_CLK_TCK")
 
 
 class EngineError(Exception):
-    """An engine said no, died, or took too long; the message says which and how."""
+    """An engine said no, died, or took too long; the message's first line says which and how."""
 
 
 class Child:
