@@ -133,6 +133,8 @@ struct MatrixBf16 {
 template <class V, class C>
 class SignedBytes {
  public:
+  SignedBytes() {}  // bytes_ is not made zero
+
   // Of group i of a block of `groups`, k * TILE * 16 codes. What is too large to be kept is read once only.
   template <int TILE>
   const char* group(const char* block, int64_t groups, int64_t i, const char* codes, int64_t k) const {
@@ -155,7 +157,7 @@ class SignedBytes {
   }
 
  private:
-  static constexpr int64_t kBytes = 24 << 10;
+  static constexpr int64_t kBytes = 24 << 10;  // of a block, or of two groups of any format
   alignas(64) mutable char bytes_[kBytes];
   mutable const char* block_ = nullptr;
   mutable int64_t known_ = 0;  // groups of it, from the first on
@@ -180,16 +182,19 @@ struct MatrixNarrow {
   struct In {
     QuantInput rows;
     Shape<V> shape;
+    int32_t* sums;  // of a group, (rows, vectors, 16)
     std::conditional_t<kSigned, SignedBytes<V, C>, BytesAsTheyAre<V, C>> codes;
-    alignas(64) mutable int32_t sums[V::kMatrixRows * kPad];  // of a group, (rows, vectors, 16)
   };
   static constexpr bool kMatrix = true;
   static constexpr int kRowsAtOnce = V::kMatrixRows;
   static constexpr int64_t kBlock = kBlockBytes;
 
   static In take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
-    return {
-        Few::take(worker, phase, rows, n_rows), {k_of_a_product(phase.scale_group), rows_of_a_pass<V>(n_rows)}, {}, {}};
+    static_assert(V::kMatrixRows * kPad <= kScoreRows * kKeyChunk);
+    return {Few::take(worker, phase, rows, n_rows),
+            {k_of_a_product(phase.scale_group), rows_of_a_pass<V>(n_rows)},
+            reinterpret_cast<int32_t*>(worker.scores()),
+            {}};
   }
 
   template <int TILE, class A>
@@ -214,7 +219,7 @@ struct MatrixNarrow {
       const int64_t g = group + i, at = row * in.rows.group_stride + g;
       const int8_t* x = in.rows.x + row * in.rows.stride + g * k;
       multiply_group<TILE>(k, codes, x, in.rows.stride, in.sums, ahead, of_a_product);
-      if (i + 1 < groups) codes = codes_of(i + 1);  // before what is stored is read
+      if (i + 1 < groups) codes = codes_of(i + 1);  // while sums are stored
       add(block(i), rows, in.sums, in.rows.scales + at, in.rows.sums + at, in.rows.group_stride, sums, ahead, of_rows);
     }
   }

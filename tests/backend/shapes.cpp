@@ -73,6 +73,9 @@ int main() {
 #if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
   plain<WeightsBf16Dot<V>>("dot", "bf16");
 #endif
+#ifdef __AMX_TILE__
+  for (int tile : {1, 2, 4}) print_product("fma", "bf16", 2 * tile, 1);  // even k and odd k apart
+#endif
   quantized<CodesInt8>("int8");
   quantized<CodesInt4>("int4");
   quantized<CodesNf4>("nf4");
