@@ -313,9 +313,12 @@ NB_MODULE(_cpu, m) {
   nb::class_<Region>(m, "Region", "Zeroed memory, in huge pages where they can be had.")
       .def(nb::init<std::size_t, bool>(), "n_bytes"_a, "resident"_a = true)
       .def_static(
-          "map",
-          [](int fd, std::size_t offset, std::size_t n_bytes) { return std::make_unique<Region>(fd, offset, n_bytes); },
-          "fd"_a, "offset"_a, "n_bytes"_a, "A part of an open file, mapped read-only; raises OSError.")
+          "read",
+          [](int fd, std::size_t offset, std::size_t n_bytes, std::size_t n_threads) {
+            return std::make_unique<Region>(fd, offset, n_bytes, n_threads);
+          },
+          "fd"_a, "offset"_a, "n_bytes"_a, "n_threads"_a, nb::call_guard<nb::gil_scoped_release>(),
+          "A copy of a part of an open file; raises MemoryError, RuntimeError where it cannot be read.")
       .def_prop_ro("array", [](nb::object self) {
         Region& region = nb::cast<Region&>(self);
         return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(region.data(), {region.size()}, self);

@@ -43,7 +43,8 @@ class Child:
             raise self._failed(do, "has ended") from None
         answer: dict[str, Any] = json.loads(self._line(do))
         if "error" in answer:
-            raise self._failed(do, str(answer["error"]))
+            error = str(answer["error"]).strip()
+            raise self._failed(do, error.splitlines()[-1], error)
         return answer
 
     def _line(self, do: str) -> bytes:
@@ -60,9 +61,9 @@ class Child:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
-    def _failed(self, do: str, how: str) -> EngineError:
+    def _failed(self, do: str, how: str, detail: str = "") -> EngineError:
         tail = self._log.read_text(errors="replace")[-2000:]
-        return EngineError(f"{do}: {how}\n{tail}\nwhole log: {self._log}")
+        return EngineError(f"{do}: {how}\n{detail}\n{tail}\nwhole log: {self._log}")
 
     def cpu_s(self) -> float:
         """Processor time of all threads so far."""

@@ -157,7 +157,8 @@ class SignedBytes {
   }
 
  private:
-  static constexpr int64_t kBytes = 24 << 10;  // of a block, or of two groups of any format
+  static constexpr int64_t kMostGroup = 128, kBytes = 16 << 10;
+  static_assert(kBytes >= 2 * kBlockBytes && kBytes >= 2 * kMostGroup * kPad, "a block of codes, or two groups");
   alignas(64) mutable char bytes_[kBytes];
   mutable const char* block_ = nullptr;
   mutable int64_t known_ = 0;  // groups of it, from the first on
@@ -182,7 +183,7 @@ struct MatrixNarrow {
   struct In {
     QuantInput rows;
     Shape<V> shape;
-    int32_t* sums;  // of a group, (rows, vectors, 16)
+    int32_t* sums;  // of a group, (rows, kPad)
     std::conditional_t<kSigned, SignedBytes<V, C>, BytesAsTheyAre<V, C>> codes;
   };
   static constexpr bool kMatrix = true;
@@ -205,7 +206,7 @@ struct MatrixNarrow {
     }
     in.shape.set_rows(rows);
     const int64_t k = phase.scale_group, lines = phase.group_bytes / 64;
-    // Prefetches are spread over products and rows: memory would rest meanwhile.
+    // Prefetches are spread over products and the first rows: memory would rest meanwhile.
     const int64_t products = TILE * (k / k_of_a_product(k)), of_rows = std::min(rows, lines / 2);
     const int64_t of_a_product = (lines - of_rows + products - 1) / products;
     if constexpr (std::is_same_v<A, AheadTwice>) ahead.move(lines);  // a group is read at once
@@ -215,12 +216,13 @@ struct MatrixNarrow {
     const auto codes_of = [&](int64_t i) { return in.codes.template group<TILE>(w, groups, i, block(i).codes, k); };
     const auto add = phase.zero_points ? add_group<TILE, true, A> : add_group<TILE, false, A>;
     const char* codes = codes_of(0);
-    for (int64_t i = 0; i < groups; ++i) {
+    for (int64_t i = 0; i < groups; ++i, ahead.move(lines)) {
       const int64_t g = group + i, at = row * in.rows.group_stride + g;
       const int8_t* x = in.rows.x + row * in.rows.stride + g * k;
-      multiply_group<TILE>(k, codes, x, in.rows.stride, in.sums, ahead, of_a_product);
+      A now = ahead;  // asks for a few lines more than a group has
+      multiply_group<TILE>(k, codes, x, in.rows.stride, in.sums, now, of_a_product);
       if (i + 1 < groups) codes = codes_of(i + 1);  // while sums are stored
-      add(block(i), rows, in.sums, in.rows.scales + at, in.rows.sums + at, in.rows.group_stride, sums, ahead, of_rows);
+      add(block(i), rows, in.sums, in.rows.scales + at, in.rows.sums + at, in.rows.group_stride, sums, now, of_rows);
     }
   }
 

@@ -1,4 +1,4 @@
-"""Packed weights as files: mapped when everything agrees, packed anew when anything that matters differs."""
+"""Packed weights as files: read when everything agrees, packed anew when anything that matters differs."""
 
 from __future__ import annotations
 
@@ -46,42 +46,42 @@ def files(cache: Path) -> list[Path]:
 
 
 @pytest.fixture
-def maps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each load so far found its file."""
     found: list[bool] = []
-    real = packed.PackedFile.map
+    real = packed.PackedFile.read
 
     def spy(self: packed.PackedFile, native: object, n_threads: int) -> object:
         region = real(self, native, n_threads)
         found.append(region is not None)
         return region
 
-    monkeypatch.setattr(packed.PackedFile, "map", spy)
+    monkeypatch.setattr(packed.PackedFile, "read", spy)
     return found
 
 
-def test_the_second_load_maps_the_same_bits(cache: Path, folder: Path, maps: list[bool]) -> None:
+def test_the_second_load_reads_the_same_bits(cache: Path, folder: Path, reads: list[bool]) -> None:
     first = logits(folder)
-    assert maps == [False, False]
+    assert reads == [False, False]
     assert logits(folder) == first
-    assert maps == [False, False, True]
+    assert reads == [False, False, True]
     assert len(files(cache)) == 1
     assert (cache.stat().st_mode & 0o777, files(cache)[0].stat().st_mode & 0o777) == (0o700, 0o600)
     assert logits(folder, threads=1, ctx=64, streams=2) == first  # the layout does not depend on these
-    assert maps[-1]
+    assert reads[-1]
 
 
-def test_mapped_weights_are_those_that_packing_gives(
-    cache: Path, folder: Path, maps: list[bool], monkeypatch: pytest.MonkeyPatch
+def test_weights_of_a_file_are_those_that_packing_gives(
+    cache: Path, folder: Path, reads: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def weights() -> bytes:
         with ff.load(folder) as llm:
             return bytes(llm.kernel._weights.array)  # type: ignore[attr-defined]
 
-    packed_now, mapped = weights(), weights()
-    assert maps == [False, False, True]
+    packed_now, read = weights(), weights()
+    assert reads == [False, False, True]
     monkeypatch.setenv("FLASHFORMER_CACHE", "off")
-    assert packed_now == mapped == weights()
+    assert packed_now == read == weights()
 
 
 def change_format(folder: Path) -> dict[str, object]:
@@ -131,14 +131,14 @@ def tie(folder: Path) -> dict[str, object]:
     ],
 )
 def test_what_matters_is_packed_anew(
-    cache: Path, folder: Path, maps: list[bool], change: object, differs: bool, monkeypatch: pytest.MonkeyPatch
+    cache: Path, folder: Path, reads: list[bool], change: object, differs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "PACK_VERSION", packed.PACK_VERSION)
     logits(folder)
     options = change(folder)  # type: ignore[operator]
     logits(folder, **options)
     assert len(files(cache)) == 1 + differs
-    assert maps[2:] == ([False, False] if differs else [True])
+    assert reads[2:] == ([False, False] if differs else [True])
 
 
 def damage(path: Path, at: int, data: bytes) -> None:
@@ -162,7 +162,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_c39_a_damaged_file_is_packed_anew_once(
-    cache: Path, folder: Path, maps: list[bool], name: str, caplog: pytest.LogCaptureFixture
+    cache: Path, folder: Path, reads: list[bool], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = logits(folder)
     DAMAGES[name](files(cache)[0])
@@ -170,7 +170,7 @@ def test_c39_a_damaged_file_is_packed_anew_once(
         assert logits(folder) == first
     assert any("packing again" in record.message for record in caplog.records)
     assert logits(folder) == first
-    assert maps[-1]
+    assert reads[-1]
 
 
 LOAD = """
@@ -294,13 +294,13 @@ def test_the_disk_is_not_filled(
 
 
 def test_c44_the_file_does_not_depend_on_the_instruction_set(
-    cache: Path, folder: Path, maps: list[bool], monkeypatch: pytest.MonkeyPatch
+    cache: Path, folder: Path, reads: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits(folder)
     for isa in load_native().isas():
         monkeypatch.setenv("FLASHFORMER_ISA", isa)
         logits(folder)
-        assert maps[-1]
+        assert reads[-1]
     assert len(files(cache)) == 1
 
 

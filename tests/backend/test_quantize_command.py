@@ -87,8 +87,10 @@ def test_output_has_the_bits_of_quantizing_at_load(
     assert not cache.exists() or not list(cache.rglob("*.ffpack"))
     with ff.load(out, threads=1) as llm:
         found = llm.logits(PROMPT).tobytes()
-        assert str(out / PACKED) in Path("/proc/self/maps").read_text()
+        data = (out / PACKED).read_bytes()
+        (out / PACKED).write_bytes(b"")  # what runs has weights of its own
         text = llm.generate("def f", max_tokens=8, ignore_eos=True, temperature=0.7, seed=3).token_ids
+        (out / PACKED).write_bytes(data)
     assert not cache.exists() or not list(cache.rglob("*.ffpack"))
     assert found == logits(model, **formats) == logits(out, **formats)
     with ff.load(model, threads=1, **formats) as llm:

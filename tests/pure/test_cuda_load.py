@@ -117,22 +117,22 @@ def test_a_file_that_numpy_wrote_is_read_by_the_extension(
     folder: Path, gpus: list[FakeGpu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extension = host.extension()
-    maps = []
+    reads = []
     for native in (None, extension, None):
         monkeypatch.setattr(host, "extension", lambda native=native: native)
-        real = packed.PackedFile.map
+        real = packed.PackedFile.read
 
         def spy(self: packed.PackedFile, *args: object, real: object = real) -> object:
             region = real(self, *args)  # type: ignore[operator]
-            maps.append(type(region))
+            reads.append(type(region))
             return region
 
         with monkeypatch.context() as patch:
-            patch.setattr(packed.PackedFile, "map", spy)
+            patch.setattr(packed.PackedFile, "read", spy)
             with ff.load(folder, dtype="bf16", device="cuda"):
                 pass
     assert extension is not None
-    assert maps == [type(None), type(None), extension.Region, Region]
+    assert reads == [type(None), type(None), extension.Region, Region]
 
 
 def test_progress_goes_to_the_end_of_both_steps(folder: Path, gpus: list[FakeGpu]) -> None:

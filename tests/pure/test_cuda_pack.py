@@ -144,13 +144,22 @@ def test_block_sums_are_those_of_the_extension(n_bytes: int, n_threads: int) -> 
     assert found.all()
 
 
-def test_a_region_maps_a_part_of_a_file(tmp_path: Path) -> None:
-    data = np.random.default_rng(0).integers(0, 256, 3 * 4096).astype(np.uint8)
-    (tmp_path / "file").write_bytes(data.tobytes())
-    with (tmp_path / "file").open("rb") as file:
-        region = host.Region.map(file.fileno(), 4096, 4096)
-    np.testing.assert_array_equal(region.array, data[4096:8192])
-    assert not region.array.flags.writeable
+@pytest.mark.parametrize("extension", [True, False])
+def test_a_region_reads_a_part_of_a_file(extension: bool, tmp_path: Path) -> None:
+    kind = host.extension().Region if extension else host.Region  # type: ignore[union-attr]
+    data = np.random.default_rng(0).integers(0, 256, 7 << 20).astype(np.uint8)
+    path, begin, n = tmp_path / "file", 4096, (5 << 20) + 13
+    path.write_bytes(data.tobytes())
+    with path.open("r+b") as file:
+        for n_threads in (1, 3):
+            region = kind.read(file.fileno(), begin, n, n_threads)
+            np.testing.assert_array_equal(region.array, data[begin : begin + n])
+        file.truncate(6 << 20)
+        np.testing.assert_array_equal(region.array, data[begin : begin + n])
+        with pytest.raises((OSError, RuntimeError), match="Input/output error"):
+            kind.read(file.fileno(), begin, 6 << 20, 2)
+    with path.open("wb") as file, pytest.raises((OSError, RuntimeError), match="Bad file descriptor"):
+        kind.read(file.fileno(), 0, 1, 2)
 
 
 def test_memory_is_pythons_where_the_extension_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

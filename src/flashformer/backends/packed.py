@@ -1,4 +1,4 @@
-"""Packed weights as files: a model is packed once and mapped from then on.
+"""Packed weights as files: a model is packed once and read from then on.
 
 checkpoint/packed.py draws such a file. Files of the cache are ours: their JSON is the *key*, all that decides the
 bytes, that is the layout of the Program and the identity of every source tensor (file, size, time of the last write,
@@ -57,8 +57,8 @@ class PackedFile:
     def n_blocks(self) -> int:
         return -(-self.n_bytes // BLOCK_BYTES)
 
-    def map(self, native: Any, n_threads: int) -> Any | None:
-        """The weights region as a mapping of the file; None if there is none, or none that can be trusted."""
+    def read(self, native: Any, n_threads: int) -> Any | None:
+        """The weights region, read from the file; None if there is none, or none that can be trusted."""
         try:
             fd = kept.open_own(self.path)
         except FileNotFoundError:
@@ -80,7 +80,7 @@ class PackedFile:
     def checked(self, native: Any, fd: int, n_threads: int) -> Any:
         """The weights region of the open file, every block added up. Raises ValueError that says what is wrong."""
         due = self.sums(fd)
-        region = native.Region.map(fd, len(self.header), self.n_bytes)
+        region = native.Region.read(fd, len(self.header), self.n_bytes, n_threads)
         wrong = np.flatnonzero(block_sums(native, region, n_threads) != due)
         if len(wrong):
             raise ValueError(f"{len(wrong)} of {self.n_blocks} blocks are damaged, the first is number {wrong[0]}")
@@ -213,20 +213,20 @@ def load_or_pack(
     file = packed_file(program, weights)
     if file is None:
         return packed()
-    if (region := file.map(native, n_threads)) is not None:
+    if (region := file.read(native, n_threads)) is not None:
         return region
     if not keep:
         return packed()
     with file.lock() as mine:
-        if (region := file.map(native, n_threads)) is None:  # another process may have written it meanwhile
+        if (region := file.read(native, n_threads)) is None:  # another process may have written it meanwhile
             region = packed()
             if mine:
                 file.write(native, region, n_threads)
     return region
 
 
-def map_given(native: Any, program: Program, given: PackedWeights, n_threads: int) -> Any:
-    """The weights region of a model's packed file, mapped where it lies. Raises LoadError."""
+def read_given(native: Any, program: Program, given: PackedWeights, n_threads: int) -> Any:
+    """The weights region of a model's packed file. Raises LoadError."""
     with _refusing(given):
         region = _given_file(program, given).checked(native, given.file.fd, n_threads)
     given.file.require_unchanged()

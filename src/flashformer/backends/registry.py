@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "reference")  # reference: NumPy, for tests
 PROMPT_CHUNK = {"cpu": 64, "cuda": 16, "reference": 64}  # rows of a prompt per forward
-# A matrix unit is through with 64 rows before the weights they are multiplied by are read.
+# A matrix unit is through with 64 rows of bf16 before their weights are read, and of int8 at about that time; 4 bits
+# gain less (docs/measuring.md).
 MATRIX_PROMPT_CHUNK = {"bf16": 256, "quantized": 128}
 
 
@@ -34,7 +35,7 @@ def require_device(device: object) -> None:
 
 
 def prompt_chunk(target: Target, device: str) -> int:
-    """Rows of a prompt per forward, so many that their products take longer than reading the weights."""
+    """Rows of a prompt per forward that are fastest where memory for their buffers is no concern."""
     if device == "cpu" and not target.exact and native_isa() == "amx":
         if target.body_quant is not None:
             return MATRIX_PROMPT_CHUNK["quantized"]

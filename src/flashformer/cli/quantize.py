@@ -26,7 +26,7 @@ def quantize(
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Quantize MODEL once, into a folder that is mapped from then on; prints how far it is from the original."""
+    """Quantize MODEL once, into a folder that is only read from then on; prints how far it is from the original."""
     with loading_bar(quiet or as_json) as progress:
         found = quantize_model(
             model,

@@ -62,7 +62,7 @@ def quantize_model(
 ) -> QuantizeReport:
     """Packs `model` into the new folder `out`, which then is a model as any other.
 
-    It holds the configuration, tokenizer and templates as they are and the weights in one file, which is mapped when it
+    It holds the configuration, tokenizer and templates as they are and the weights in one file, which is read when it
     is loaded. The folder appears whole or not at all. `quant` "none" packs without quantizing. The original and the
     result are loaded one after the other, never together; what is packed of them is not kept in the cache.
     `progress(what, done_bytes, total_bytes)` is called in this thread. Raises RequestError for arguments out of their

@@ -114,6 +114,8 @@ def _set_up(spec: ModelSpec, formats: PackedFormats, options: Options, device: s
 def _prompt_chunk(spec: ModelSpec, target: Target, device: str, free: topology.Limit | None) -> int:
     """Rows of a prompt per forward: more than the usual ones only where their buffers stay small."""
     chunk = prompt_chunk(target, device)
+    if chunk == PROMPT_CHUNK[device]:
+        return chunk
     buffers = plan_memory(spec, replace(target, rows=chunk), 0).buffers_bytes
     small = free is None or buffers <= free.value * MOST_BUFFERS
     return chunk if small else PROMPT_CHUNK[device]

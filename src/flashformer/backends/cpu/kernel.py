@@ -18,7 +18,7 @@ from ...program.ir import MAX_HEAD_ROWS, Space
 from ...program.records import FlatProgram, flatten
 from .. import nonfinite
 from ..base import ADJUST_COLUMNS, ROW_COLUMNS, Kernel, Rows, Times
-from ..packed import Progress, load_or_pack, map_given, write_given
+from ..packed import Progress, load_or_pack, read_given, write_given
 from ..rows import read_rows
 from ..weights import rope_tables
 from . import topology
@@ -70,7 +70,7 @@ class CpuKernel(Kernel):
         self._n_threads = n_threads = min(target.n_workers, n_cpus)
         try:
             if isinstance(weights, PackedWeights):
-                self._weights = map_given(native, program, weights, n_threads)
+                self._weights = read_given(native, program, weights, n_threads)
             else:
                 pack = partial(pack_weights, native, program, weights, n_threads, self.isa, progress)
                 self._weights = load_or_pack(native, program, weights, n_threads, pack, keep=keep)

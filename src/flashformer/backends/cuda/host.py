@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
+import errno
+import os
 import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,18 +15,21 @@ from ...errors import DeviceError
 
 
 class Region:
-    """Memory, or a part of a file mapped read-only; `array` (n_bytes) is all of it."""
+    """Memory, or a copy of a part of a file; `array` (n_bytes) is all of it."""
 
     def __init__(self, n_bytes: int, resident: bool = True) -> None:
         """Raises MemoryError. `resident` is a wish of others; pages come when they are written to."""
         self.array: NDArray[np.uint8] = np.empty(n_bytes, np.uint8)
 
     @classmethod
-    def map(cls, fd: int, offset: int, n_bytes: int) -> Region:
-        """Raises OSError, ValueError."""
-        region = cls(0)
-        memory = mmap.mmap(fd, n_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=offset)
-        region.array = np.frombuffer(memory, np.uint8)
+    def read(cls, fd: int, offset: int, n_bytes: int, n_threads: int) -> Region:
+        """Raises MemoryError, OSError. One thread reads, whatever `n_threads`."""
+        region, n_read = cls(n_bytes), 0
+        while n_read < n_bytes:
+            n = os.preadv(fd, [region.array[n_read:].data], offset + n_read)
+            if n == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            n_read += n
         return region
 
 
