@@ -10,6 +10,7 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <system_error>
 #include <tuple>
 #include <variant>
 
@@ -272,6 +273,14 @@ int64_t copy(Region& region, int64_t offset, int64_t format, int64_t k, const Ma
   return copy_rows(region.data() + offset, static_cast<Format>(format), source, k, n_threads);
 }
 
+std::unique_ptr<Region> read_region(int fd, int64_t offset, int64_t n_bytes, int n_threads) {
+  auto region = std::make_unique<Region>(static_cast<std::size_t>(n_bytes), false);
+  const Released released;
+  const int error = read_file(region->data(), fd, offset, n_bytes, n_threads);
+  if (error != 0) throw std::system_error(error, std::generic_category(), "read");
+  return region;
+}
+
 void block_sums(const Bytes& buffer, int64_t block_bytes,
                 const nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& sums, int n_threads) {
   const int64_t n_bytes = static_cast<int64_t>(buffer.size());
@@ -312,13 +321,8 @@ NB_MODULE(_cpu, m) {
 
   nb::class_<Region>(m, "Region", "Zeroed memory, in huge pages where they can be had.")
       .def(nb::init<std::size_t, bool>(), "n_bytes"_a, "resident"_a = true)
-      .def_static(
-          "read",
-          [](int fd, std::size_t offset, std::size_t n_bytes, std::size_t n_threads) {
-            return std::make_unique<Region>(fd, offset, n_bytes, n_threads);
-          },
-          "fd"_a, "offset"_a, "n_bytes"_a, "n_threads"_a, nb::call_guard<nb::gil_scoped_release>(),
-          "A copy of a part of an open file; raises MemoryError, RuntimeError where it cannot be read.")
+      .def_static("read", &read_region, "fd"_a, "offset"_a, "n_bytes"_a, "n_threads"_a,
+                  "A copy of a part of an open file; raises MemoryError, RuntimeError where it cannot be read.")
       .def_prop_ro("array", [](nb::object self) {
         Region& region = nb::cast<Region&>(self);
         return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(region.data(), {region.size()}, self);

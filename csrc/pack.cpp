@@ -32,10 +32,12 @@ struct Buffers {
   std::vector<float> wide;  // (16, k padded), of quantized formats
 };
 
+// False: errno says why, EIO where the file is shorter.
 bool read_fully(int fd, char* out, int64_t n, int64_t offset) {
   while (n > 0) {
     const ssize_t got = pread(fd, out, static_cast<std::size_t>(n), offset);
     if (got < 0 && errno == EINTR) continue;
+    if (got == 0) errno = EIO;
     if (got <= 0) return false;
     out += got, offset += got, n -= got;
   }
@@ -208,6 +210,14 @@ void sum_blocks(const char* begin, int64_t n_bytes, int64_t block_bytes, SumOf s
       sums[b] = sum(begin + at, left < block_bytes ? left : block_bytes, true);
     }
   });
+}
+
+int read_file(char* out, int fd, int64_t offset, int64_t n_bytes, int n_threads) {
+  std::atomic<int> error{0};
+  share(n_bytes, n_threads, 0, 0, [&](int64_t begin, int64_t end, Buffers&) {
+    if (!read_fully(fd, out + begin, end - begin, offset + begin)) error.store(errno);
+  });
+  return error.load();
 }
 
 int64_t copy_rows(char* out, Format format, const Source& source, int64_t k, int n_threads) {

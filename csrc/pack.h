@@ -41,6 +41,9 @@ int64_t pack_tiles(const PackJob& job, int n_threads);
 // Sums of the 8-byte words of every block of `block_bytes`, a multiple of 512, in [begin, begin + n_bytes).
 void sum_blocks(const char* begin, int64_t n_bytes, int64_t block_bytes, SumOf sum, uint64_t* sums, int n_threads);
 
+// The bytes [offset, offset + n_bytes) of an open file. Returns 0 or an errno, EIO where the file is shorter.
+int read_file(char* out, int fd, int64_t offset, int64_t n_bytes, int n_threads);
+
 // Copies rows in row-major order, converted to `format`. Returns as above.
 int64_t copy_rows(char* out, Format format, const Source& source, int64_t k, int n_threads);
 

@@ -1,15 +1,9 @@
 #include "region.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
-#include <atomic>
-#include <cerrno>
 #include <cstdint>
 #include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace flashformer {
 
@@ -30,30 +24,6 @@ Region::Region(std::size_t n_bytes, bool resident) : size_(n_bytes) {
   }
   if (!resident) return;
   for (std::size_t at = 0; at < pages; at += kPage) *const_cast<volatile char*>(data_ + at) = 0;
-}
-
-Region::Region(int fd, std::size_t offset, std::size_t n_bytes, std::size_t n_threads) : Region(n_bytes, false) {
-  std::atomic<std::size_t> next{0};
-  std::atomic<int> error{0};
-  const auto read = [&] {
-    for (std::size_t at; error == 0 && (at = next.fetch_add(kHugePage)) < n_bytes;) {
-      const std::size_t end = at + kHugePage < n_bytes ? at + kHugePage : n_bytes;
-      while (at < end) {
-        const ssize_t n = pread(fd, data_ + at, end - at, static_cast<off_t>(offset + at));
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) {
-          error = n < 0 ? errno : EIO;
-          return;
-        }
-        at += static_cast<std::size_t>(n);
-      }
-    }
-  };
-  std::vector<std::jthread> others;
-  for (std::size_t i = 1; i < n_threads; ++i) others.emplace_back(read);
-  read();
-  others.clear();
-  if (error != 0) throw std::system_error(error, std::generic_category(), "read");
 }
 
 Region::~Region() { munmap(mapping_, mapped_); }

@@ -1,4 +1,4 @@
-// Memory from the kernel, page-aligned, in huge pages where they can be had: zeroed, or with a part of a file in it.
+// Memory from the kernel, page-aligned and zeroed, in huge pages where they can be had.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +9,6 @@ class Region {
  public:
   // Throws std::bad_alloc. Resident: every page is there on return, so that no later use can fail or fault.
   Region(std::size_t n_bytes, bool resident);
-  // A copy of the bytes [offset, offset + n_bytes) of an open file, read by n_threads. Throws std::bad_alloc,
-  // std::system_error (EIO where the file is shorter).
-  Region(int fd, std::size_t offset, std::size_t n_bytes, std::size_t n_threads);
   ~Region();
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../simd/isa.h"
 #include "product.h"
 #include "quant.h"
 
@@ -157,7 +158,7 @@ class SignedBytes {
   }
 
  private:
-  static constexpr int64_t kMostGroup = 128, kBytes = 16 << 10;
+  static constexpr int64_t kBytes = 16 << 10;
   static_assert(kBytes >= 2 * kBlockBytes && kBytes >= 2 * kMostGroup * kPad, "a block of codes, or two groups");
   alignas(64) mutable char bytes_[kBytes];
   mutable const char* block_ = nullptr;

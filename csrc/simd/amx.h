@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "avx512.h"
+#include "thread.h"
 
 namespace flashformer {
 
@@ -52,15 +53,8 @@ struct Avx512Amx : Avx512 {
     asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(W), "i"(kActivations), "i"(SUMS));
   }
   // While one lives FMAs take subnormals as the unit does, for zeros.
-  class UnitArithmetic {
-   public:
-    UnitArithmetic() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON); }
-    ~UnitArithmetic() { _mm_setcsr(before_); }
-    UnitArithmetic(const UnitArithmetic&) = delete;
-    UnitArithmetic& operator=(const UnitArithmetic&) = delete;
-
-   private:
-    unsigned before_;
+  struct UnitArithmetic : FloatControl {
+    UnitArithmetic() : FloatControl(_mm_getcsr() | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON) {}
   };
   // Into a register: g++ would load it again for each use, which made one row of bf16 4 % slower.
   static Raw load_once(const char* p) {
