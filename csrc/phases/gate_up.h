@@ -15,6 +15,7 @@ void gate_up(Worker& worker, const Phase& phase, const Span& span) {
   product<V, W>(worker, phase, span, input, forward.n_rows, [&](int64_t first, const float* sums) {
     for (int64_t r = 0; r < forward.n_rows; ++r, sums += kPad) {
       float* out = forward.hidden() + r * forward.model.hidden_stride + first / 2;
+      prefetch_result<V>(out, forward.model.hidden_stride, phase.vectors * kLanes / 2, forward.n_rows - r);
       for (int64_t i = 0; i < phase.vectors * kLanes; i += 2 * kLanes) {
         typename V::F gate = V::load(sums + i), up = V::load(sums + i + kLanes);
         if (bias) {

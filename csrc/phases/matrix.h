@@ -7,32 +7,12 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../simd/amx.h"
 #include "../simd/isa.h"
 #include "product.h"
 #include "quant.h"
 
 namespace flashformer {
-
-// What registers are shaped for: changed for a pass of other rows.
-template <class V>
-class Shape {
- public:
-  Shape(int64_t k_bytes, int64_t rows) : k_bytes_(k_bytes), rows_(rows) { V::configure(rows, k_bytes); }
-  void set_rows(int64_t rows) const {
-    if (rows == rows_) return;
-    rows_ = rows;
-    V::configure(rows, k_bytes_);
-  }
-
- private:
-  int64_t k_bytes_;
-  mutable int64_t rows_;
-};
-
-template <class V>
-inline int64_t rows_of_a_pass(int64_t n_rows) {
-  return n_rows < V::kMatrixRows ? n_rows : V::kMatrixRows;
-}
 
 template <class V, int TILE>
 inline void load_sums(const float* sums) {
@@ -57,9 +37,7 @@ struct MatrixBf16 {
   static constexpr int64_t kSteps = 16;
   static_assert(kBlock % (kSteps * kPad * 4) == 0, "only the end of k may be less than a product");
 
-  static In take(Worker&, const Phase&, const Input<X>& rows, int64_t n_rows) {
-    return {rows, {V::kMatrixBytes, rows_of_a_pass<V>(n_rows)}};
-  }
+  static In take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return {rows, {}}; }
 
   template <int TILE, class A>
   static void some_rows(const Phase&, int64_t rows, float* sums, const char* w, const In& in, int64_t row, int64_t step,
@@ -69,7 +47,7 @@ struct MatrixBf16 {
       const typename V::UnitArithmetic as_the_unit;
       return one_row<TILE>(sums, w, x, steps, ahead);
     }
-    in.shape.set_rows(rows);
+    in.shape.set(rows, V::kMatrixBytes);
     load_sums<V, TILE>(sums);
     for (; steps >= kSteps; steps -= kSteps, w += kSteps * TILE * 64, x += kSteps * 2) {
       ahead.template pass<V>(kSteps * TILE);
@@ -193,10 +171,7 @@ struct MatrixNarrow {
 
   static In take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
     static_assert(V::kMatrixRows * kPad <= kScoreRows * kKeyChunk);
-    return {Few::take(worker, phase, rows, n_rows),
-            {k_of_a_product(phase.scale_group), rows_of_a_pass<V>(n_rows)},
-            reinterpret_cast<int32_t*>(worker.scores()),
-            {}};
+    return {Few::take(worker, phase, rows, n_rows), {}, reinterpret_cast<int32_t*>(worker.scores()), {}};
   }
 
   template <int TILE, class A>
@@ -205,9 +180,9 @@ struct MatrixNarrow {
     if (rows <= Few::kRowsAtOnce) {
       return rows_at_once<V, Few, TILE, Few::kRowsAtOnce>(phase, rows, sums, w, in.rows, row, group, groups, ahead);
     }
-    in.shape.set_rows(rows);
     const int64_t k = phase.scale_group, lines = phase.group_bytes / 64;
     // Prefetches are spread over products and the first rows: memory would rest meanwhile.
+    in.shape.set(rows, k_of_a_product(k));
     const int64_t products = TILE * (k / k_of_a_product(k)), of_rows = std::min(rows, lines / 2);
     const int64_t of_a_product = (lines - of_rows + products - 1) / products;
     if constexpr (std::is_same_v<A, AheadTwice>) ahead.move(lines);  // a group is read at once

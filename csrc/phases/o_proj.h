@@ -16,30 +16,34 @@ inline void merge_chunks(const Forward& forward, const Phase& phase, int64_t par
   const float* max_and_sum = forward.partial_sums(partial);
   float most = max_and_sum[0];
   for (int64_t c = 1; c < n_chunks; ++c) most = max_and_sum[2 * c] > most ? max_and_sum[2 * c] : most;
+  const bool whole = phase.head_dim == phase.head_dim_padded;
   float values[kMaxHeadDim];
-  for (int64_t d = 0; d < phase.head_dim_padded; d += kLanes) V::store(values + d, V::zero());
+  X rounded[kMaxHeadDim];
   float total = 0;
   for (int64_t c = 0; c < n_chunks; c += kLanes) {
     const int64_t n = n_chunks - c < kLanes ? n_chunks - c : kLanes;
-    float weights[kLanes] = {};  // of chunk c + i
-    for (int64_t i = 0; i < n; ++i) weights[i] = max_and_sum[2 * (c + i)];
-    V::store(weights, exp<V>(V::sub(V::load(weights), V::set1(most))));
+    const bool last = c + n == n_chunks;
+    float weights[kLanes] = {1.0f};  // of chunk c + i
+    if (n_chunks > 1) {
+      for (int64_t i = 0; i < n; ++i) weights[i] = max_and_sum[2 * (c + i)];
+      V::store(weights, exp<V>(V::sub(V::load(weights), V::set1(most))));
+    }
     for (int64_t i = 0; i < n; ++i) total += weights[i] * max_and_sum[2 * (c + i) + 1];
+    const F divisor = V::set1(total);
     const float* chunks = forward.partial_values(partial + c);
     for (int64_t d = 0; d < phase.head_dim_padded; d += kLanes) {
-      F sum = V::load(values + d);
+      F sum = c == 0 ? V::zero() : V::load(values + d);
       for (int64_t i = 0; i < n; ++i) {
         sum = V::fma(V::set1(weights[i]), V::load(chunks + i * forward.model.partial_stride + d), sum);
       }
-      V::store(values + d, sum);
+      if (last) {
+        store_as<V>((whole ? out : rounded) + d, V::div(sum, divisor));
+      } else {
+        V::store(values + d, sum);
+      }
     }
   }
-  const F divisor = V::set1(total);
-  X rounded[kMaxHeadDim];
-  for (int64_t d = 0; d < phase.head_dim_padded; d += kLanes) {
-    store_as<V>(rounded + d, V::div(V::load(values + d), divisor));
-  }
-  __builtin_memcpy(out, rounded, static_cast<std::size_t>(phase.head_dim) * sizeof(X));
+  if (!whole) __builtin_memcpy(out, rounded, static_cast<std::size_t>(phase.head_dim) * sizeof(X));
 }
 
 // The product of a branch, tile by tile: scale * (sums + bias) is added to the residual, or stored where its norm is
@@ -59,6 +63,7 @@ inline void branch_product(Worker& worker, const Phase& phase, const Span& span,
     for (int64_t r = 0; r < forward.n_rows; ++r, sums += kPad) {
       float* residual = forward.residual() + r * stride + first;
       float* branch = phase.to >= 0 ? forward.branch(phase.to) + r * stride + first : nullptr;
+      prefetch_result<V>(branch ? branch : residual, stride, phase.vectors * kLanes, forward.n_rows - r);
       for (int64_t i = 0; i < phase.vectors * kLanes; i += kLanes) {
         F sum = V::load(sums + i);
         if (bias) sum = V::add(sum, V::load(bias + i));

@@ -168,7 +168,9 @@ void product_tile(const Phase& phase, float* sums, const char* w, const In& in, 
                   bool twice) {
   constexpr int R = W::kRowsAtOnce;
   const int64_t all = phase.tile_bytes / phase.group_bytes;
-  for (int64_t i = 0; i < n_rows * kPad; i += kLanes) V::store(sums + i, V::zero());
+  for (int64_t r = 0; r < n_rows; ++r) {
+    for (int v = 0; v < TILE; ++v) V::store(sums + r * kPad + v * kLanes, V::zero());
+  }
   if (n_rows <= R && twice) {
     return rows_at_once<V, W, TILE, R>(phase, n_rows, sums, w, in, 0, 0, all, AheadTwice{w});
   }
@@ -190,6 +192,16 @@ void product_tile(const Phase& phase, float* sums, const char* w, const In& in, 
                                   Ahead{ahead + pass * bytes / passes, line});
       r += rows;
     }
+  }
+}
+
+// Results of rows further on: all workers have read what lies there, and a line that others hold comes late.
+template <class V>
+inline void prefetch_result(const float* row, int64_t stride, int64_t n, int64_t rows_left) {
+  constexpr int64_t kRowsAhead = 16;
+  if (rows_left <= kRowsAhead) return;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    V::prefetch_to_write(reinterpret_cast<const char*>(row + kRowsAhead * stride + i));
   }
 }
 
@@ -221,7 +233,6 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
     }
     finish(unit * phase.vectors * kLanes, sums);
   });
-  if constexpr (W::kMatrix) V::release();
 }
 
 }  // namespace flashformer

@@ -14,6 +14,7 @@ void qkv(Worker& worker, const Phase& phase, const Span& span) {
   product<V, W>(worker, phase, span, input, forward.n_rows, [&](int64_t first, const float* sums) {
     for (int64_t r = 0; r < forward.n_rows; ++r, sums += kPad) {
       float* out = forward.qkv() + r * forward.model.qkv_stride + first;
+      prefetch_result<V>(out, forward.model.qkv_stride, phase.vectors * kLanes, forward.n_rows - r);
       for (int64_t i = 0; i < phase.vectors * kLanes; i += kLanes) {
         typename V::F sum = V::load(sums + i);
         V::store(out + i, bias ? V::add(sum, V::load(bias + first + i)) : sum);

@@ -24,32 +24,54 @@ struct QuantInput {
   int64_t group_stride;
 };
 
-// n elements -> int8 in whole groups, which may begin where x does; scale = largest / 127, NaN if one is not
-// finite, 0 if all are below 1e-30.
-template <class V>
-inline void quantize_row(const float* x, int64_t n, int64_t group, int8_t* out, float* scales, int32_t* sums) {
+// N vectors, a group of a row -> int8. scale = largest / 127, NaN if one is not finite, 0 if all are below 1e-30.
+template <class V, int N, class Element>
+inline void quantize_group(Element element, int8_t* out, float* scale_out, int32_t* sum_out) {
   using F = typename V::F;
+  F x[N];
+  F most = V::zero(), poison = V::zero();
+  for (int i = 0; i < N; ++i) {
+    x[i] = element(i * kLanes);
+    most = V::max(most, V::abs(x[i]));
+    poison = V::fma(x[i], V::zero(), poison);
+  }
+  const float largest = max_lanes<V>(most);
+  const bool finite = V::all_zero(poison), empty = largest < 1e-30f;
+  const F inverse = V::set1(empty ? 0.0f : 127.0f / largest);
+  typename V::I sum = V::set1_i(0);
+  for (int i = 0; i < N; ++i) {
+    const typename V::I steps = V::to_i(finite ? V::mul(x[i], inverse) : V::zero());
+    V::store_i8(out + i * kLanes, steps);
+    sum = V::add_i(sum, steps);
+  }
+  *scale_out = !finite ? __builtin_nanf("") : empty ? 0.0f : largest / 127.0f;
+  *sum_out = static_cast<int32_t>(sum_lanes<V>(V::to_f32(sum)));  // exact: far below 2^24
+}
+
+template <class V, int N>
+inline void quantize_groups(const float* x, int64_t n, int8_t* out, float* scales, int32_t* sums) {
+  int64_t begin = 0;
+  for (; begin + N * kLanes <= n; begin += N * kLanes, ++scales, ++sums) {
+    quantize_group<V, N>([&](int64_t i) { return V::load(x + begin + i); }, out + begin, scales, sums);
+  }
+  if (begin == n) return;
   const auto element = [&](int64_t i) {
+    i += begin;
     return i + kLanes <= n ? V::load(x + i) : i < n ? V::first(n - i, V::load(x + i), V::zero()) : V::zero();
   };
-  for (int64_t begin = 0, g = 0; begin < n; begin += group, ++g) {
-    F most = V::zero(), poison = V::zero();
-    for (int64_t i = begin; i < begin + group; i += kLanes) {
-      const F v = element(i);
-      most = V::max(most, V::max(v, V::sub(V::zero(), v)));
-      poison = V::fma(v, V::zero(), poison);
-    }
-    const float largest = max_lanes<V>(most);
-    const bool finite = V::all_zero(poison), empty = largest < 1e-30f;
-    const F inverse = V::set1(finite && !empty ? 127.0f / largest : 0.0f);
-    F sum = V::zero();  // exact: integers far below 2^24
-    for (int64_t i = begin; i < begin + group; i += kLanes) {
-      const F steps = finite ? V::round(V::mul(element(i), inverse)) : V::zero();
-      V::store_i8(out + i, steps);
-      sum = V::add(sum, steps);
-    }
-    scales[g] = !finite ? __builtin_nanf("") : empty ? 0.0f : largest / 127.0f;
-    sums[g] = static_cast<int32_t>(sum_lanes<V>(sum));
+  quantize_group<V, N>(element, out + begin, scales, sums);
+}
+
+// n elements -> int8 in whole groups, zeros behind them, which may begin where x does.
+template <class V>
+inline void quantize_row(const float* x, int64_t n, int64_t group, int8_t* out, float* scales, int32_t* sums) {
+  switch (group) {
+    case 32:
+      return quantize_groups<V, 2>(x, n, out, scales, sums);
+    case 64:
+      return quantize_groups<V, 4>(x, n, out, scales, sums);
+    case 128:
+      return quantize_groups<V, 8>(x, n, out, scales, sums);
   }
 }
 

@@ -75,6 +75,27 @@ struct Avx512Amx : Avx512 {
   }
 };
 
+// What registers are shaped for, changed where it must be: that costs as much as 16 products.
+template <class V>
+class Shape {
+ public:
+  Shape() = default;
+  Shape(const Shape&) = delete;
+  Shape& operator=(const Shape&) = delete;
+  ~Shape() {
+    if (rows_ > 0) V::release();
+  }
+  void set(int64_t rows, int64_t k_bytes) const {
+    if (rows == rows_ && k_bytes == k_bytes_) return;
+    rows_ = rows;
+    k_bytes_ = k_bytes;
+    V::configure(rows, k_bytes);
+  }
+
+ private:
+  mutable int64_t rows_ = 0, k_bytes_ = 0;
+};
+
 // f.template operator()<0>(), <1>() ... <N - 1>()
 template <int N, class F>
 inline void for_each_tile(F f) {

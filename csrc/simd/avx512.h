@@ -35,6 +35,7 @@ struct Avx512 {
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // a * 2^n, n integral and in [-126, 127]
@@ -94,10 +95,8 @@ struct Avx512 {
   static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
   static I load_u8(const char* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F to_f32(I a) { return _mm512_cvtepi32_ps(a); }
-  // rounds to nearest even, saturates
-  static void store_i8(int8_t* p, F x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
-  }
+  static I to_i(F x) { return _mm512_cvtps_epi32(x); }  // rounds to nearest even
+  static void store_i8(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
   static Raw low_nibbles(Raw w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
   static Raw high_nibbles(Raw w) { return _mm512_and_si512(_mm512_srli_epi16(w, 4), _mm512_set1_epi8(15)); }
   static Raw lookup(const uint8_t (&table)[16], Raw codes) {
@@ -121,6 +120,7 @@ struct Avx512 {
 #endif
   static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }      // into the first level of caches
   static void prefetch_far(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }  // into the second
+  static void prefetch_to_write(const char* p) { asm volatile("prefetchw %0" ::"m"(*p)); }
 };
 
 }  // namespace flashformer

@@ -64,6 +64,9 @@ struct Portable {
   static F min(F x, F y) {
     return each([&](int i) { return x.q[i] < y.q[i] ? x.q[i] : y.q[i]; });
   }
+  static F abs(F x) {
+    return each([&](int i) { return std::bit_cast<F4>(std::bit_cast<U4>(x.q[i]) & 0x7FFFFFFFu); });
+  }
   static F fma(F x, F y, F z) { return add(mul(x, y), z); }
   // |x| below 2^22: adding 1.5 * 2^23 leaves no room for a fraction
   static F round(F x) { return sub(add(x, set1(12582912.0f)), set1(12582912.0f)); }
@@ -144,9 +147,15 @@ struct Portable {
   static F to_f32(I x) {
     return each([&](int i) { return __builtin_convertvector(x.q[i], F4); });
   }
-  static void store_i8(int8_t* p, F x) {
-    const F rounded = round(x);
-    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(rounded.q[i / 4][i % 4]);
+  static I add_i(I x, I y) { return {{x.q[0] + y.q[0], x.q[1] + y.q[1], x.q[2] + y.q[2], x.q[3] + y.q[3]}}; }
+  static I to_i(F x) {  // |x| below 2^22; rounds to nearest even
+    const F r = round(x);
+    I i;
+    for (int q = 0; q < 4; ++q) i.q[q] = __builtin_convertvector(r.q[q], I4);
+    return i;
+  }
+  static void store_i8(int8_t* p, I x) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.q[i / 4][i % 4]);
   }
   static Raw low_nibbles(Raw w) { return {{w.q[0] & kLow, w.q[1] & kLow, w.q[2] & kLow, w.q[3] & kLow}}; }
   static Raw high_nibbles(Raw w) { return low_nibbles({{w.q[0] >> 4, w.q[1] >> 4, w.q[2] >> 4, w.q[3] >> 4}}); }
@@ -174,6 +183,7 @@ struct Portable {
   static I dot_nibbles(I acc, Raw w, X4 x) { return dot_bytes(acc, w, x); }
   static void prefetch(const char* p) { __builtin_prefetch(p); }            // into the first level of caches
   static void prefetch_far(const char* p) { __builtin_prefetch(p, 0, 2); }  // into the second
+  static void prefetch_to_write(const char* p) { __builtin_prefetch(p, 1); }
 
  private:
   static constexpr uint32_t kLow = 0x0F0F0F0Fu;
