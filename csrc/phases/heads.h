@@ -1,6 +1,8 @@
 // One head of a row as attention takes it: normed and rotated (Su et al. 2021), from what qkv projected.
 #pragma once
 
+#include <cstring>
+
 #include "input.h"
 #include "kv.h"
 
@@ -20,6 +22,22 @@ inline void qk_factors(Worker& worker, const Phase& phase) {
   }
 }
 
+// Elements d of x and `half` further on, turned by their angle -> out, which may be x.
+template <class V>
+inline void rotate(const float* x, int64_t half, const float* cos, const float* sin, float* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= half; d += kLanes) {
+    const typename V::F a = V::load(x + d), b = V::load(x + d + half), c = V::load(cos + d), s = V::load(sin + d);
+    V::store(out + d, V::sub(V::mul(a, c), V::mul(b, s)));
+    V::store(out + d + half, V::add(V::mul(b, c), V::mul(a, s)));
+  }
+  for (; d < half; ++d) {
+    const float a = x[d], b = x[d + half];
+    out[d] = a * cos[d] - b * sin[d];
+    out[d + half] = b * cos[d] + a * sin[d];
+  }
+}
+
 // Head `head` of row r, queries first, then keys -> out (head_dim).
 template <class V>
 inline void take_head(const Worker& worker, const Phase& phase, int64_t r, int64_t head, float* out) {
@@ -28,7 +46,7 @@ inline void take_head(const Worker& worker, const Phase& phase, int64_t r, int64
   const bool is_key = head >= phase.n_heads;
   const float* x = forward.qkv() + r * forward.model.qkv_stride + head * n;
   if (phase.qk_norm == static_cast<int64_t>(QkNorm::kNone)) {
-    for (int64_t d = 0; d < n; ++d) out[d] = x[d];
+    for (int64_t d = phase.rope < 0 ? 0 : 2 * half; d < n; ++d) out[d] = x[d];
   } else {
     const bool by_head = phase.qk_norm == static_cast<int64_t>(QkNorm::kHead);
     const float* weight = forward.vector(is_key ? phase.k_norm : phase.q_norm);
@@ -36,19 +54,14 @@ inline void take_head(const Worker& worker, const Phase& phase, int64_t r, int64
     const float factor =
         by_head ? rms_factor(sum_of_squares<V>(x, n), n, phase.norm_eps) : worker.scales()[2 * r + is_key];
     for (int64_t d = 0; d < n; ++d) out[d] = x[d] * factor * weight[d];
+    x = out;
   }
   if (phase.rope < 0) return;
   const float* cos = forward.rope(phase.rope) + forward.row.pos[r] * phase.rotary_dim;
-  const float* sin = cos + half;
-  for (int64_t d = 0; d < half; ++d) {
-    const float a = out[d], b = out[d + half];
-    out[d] = a * cos[d] - b * sin[d];
-    out[d + half] = b * cos[d] + a * sin[d];
-  }
+  rotate<V>(x, half, cos, cos + half, out);
 }
 
-// The key and the value of row r into place k of a chunk of the cache. A value beside it that is still to come is zero:
-// its weight is, but not what an earlier sequence may have left.
+// The key and the value of row r into place k of a chunk of the cache, zero beside a value whose pair is still to come.
 template <class V, class KV>
 inline void append(const Worker& worker, const Phase& phase, int64_t r, int64_t kv_head, typename KV::T* keys,
                    typename KV::T* values, int64_t k) {
@@ -57,14 +70,32 @@ inline void append(const Worker& worker, const Phase& phase, int64_t r, int64_t 
   constexpr int64_t kStep = KV::kStep;
   float* key = worker.heads();
   take_head<V>(worker, phase, r, phase.n_heads + kv_head, key);
+  typename KV::T rounded[kMaxHeadDim];
+  for (int64_t d = 0; d < n; ++d) KV::put(rounded + d, key[d]);
   typename KV::T* column = keys + k / kLanes * n * kLanes + k % kLanes * kStep;
-  for (int64_t d = 0; d < n; ++d) KV::put(column + d / kStep * kStep * kLanes + d % kStep, key[d]);
+  for (int64_t d = 0; d < n; d += kStep) std::memcpy(column + d * kLanes, rounded + d, kStep * sizeof(typename KV::T));
   const float* value = forward.qkv() + r * forward.model.qkv_stride + (phase.n_heads + phase.n_kv_heads + kv_head) * n;
-  typename KV::T* row = values + k / kStep * kStep * phase.head_dim_padded + k % kStep;
-  for (int64_t d = 0; d < n; ++d) {
-    KV::put(row + d * kStep, value[d]);
-    if (kStep == 2 && k % 2 == 0) KV::put(row + d * kStep + 1, 0.0f);
+  for (int64_t d = 0; d < n; ++d) KV::put(rounded + d, value[d]);
+  typename KV::T* row = values + k / kStep * kStep * phase.head_dim_padded;
+  for (int64_t d = 0; d < n; ++d, row += kStep) {
+    if constexpr (kStep == 1) {
+      *row = rounded[d];
+    } else {
+      uint32_t both;
+      std::memcpy(&both, row, sizeof(both));
+      both = k % 2 ? (both & 0xFFFF) | static_cast<uint32_t>(rounded[d]) << 16 : rounded[d];
+      std::memcpy(row, &both, sizeof(both));
+    }
   }
+}
+
+// Zero the values from place k of a chunk on, whole steps, that are read together with those before: their weights are
+// zero, but not what an earlier sequence may have left.
+template <class KV>
+inline void clear_values(const Phase& phase, typename KV::T* values, int64_t k) {
+  k = (k + KV::kStep - 1) / KV::kStep * KV::kStep;
+  const int64_t end = (k + KV::kTogether - 1) / KV::kTogether * KV::kTogether, stride = phase.head_dim_padded;
+  std::memset(values + k * stride, 0, static_cast<std::size_t>((end - k) * stride) * sizeof(typename KV::T));
 }
 
 }  // namespace flashformer

@@ -17,10 +17,11 @@ template <class V, class W, class KV>
 inline constexpr PhaseTable kTable = {
     {embed<V>, qkv<V, W>, attend<V, KV>, o_proj<V, W>, gate_up<V, W>, down<V, W>, lm_head<V, W>, sample<V>}};
 
-template <class V, class W>
+// Dot: of a cache in bf16, where products take activations of 16 or 8 bits and there are instructions for it.
+template <class V, class W, class Dot = KvBf16Dot<V>>
 const PhaseTable* table_for_kv(Format kv, bool narrow) {
   if constexpr (requires(typename V::F f, typename V::Raw w, const uint16_t* x) { V::dot_bf16(f, w, x); }) {
-    if (kv == Format::kBf16 && narrow) return &kTable<V, W, KvBf16Dot<V>>;
+    if (kv == Format::kBf16 && narrow) return &kTable<V, W, Dot>;
   }
   if (kv == Format::kBf16) return &kTable<V, W, KvBf16<V>>;
   if (kv == Format::kF16) return &kTable<V, W, KvF16<V>>;

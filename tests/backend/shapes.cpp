@@ -12,6 +12,9 @@ constexpr int kRegisterBytes = 64;
 using V = flashformer::Avx2;
 constexpr int kRegisterBytes = 32;
 #endif
+#ifdef __AMX_TILE__
+#include "phases/queries_matrix.h"
+#endif
 #include "phases/table.h"
 
 using namespace flashformer;
@@ -75,13 +78,16 @@ int main() {
 #endif
 #ifdef __AMX_TILE__
   for (int tile : {1, 2, 4}) print_product("fma", "bf16", 2 * tile, 1);  // even k and odd k apart
+  for (int queries = 1; queries <= KvBf16Matrix<Avx512Amx>::kFew; ++queries) {
+    for (int vectors : {1, 1, KvBf16Matrix<Avx512Amx>::vectors_of(queries)}) print("fma", "bf16", 2 * vectors, queries);
+  }
 #endif
   quantized<CodesInt8>("int8");
   quantized<CodesInt4>("int4");
   quantized<CodesNf4>("nf4");
   for (const char* cache : {"f32", "bf16", "f16"}) {
     if (kMatrix && cache[0] == 'b') continue;  // by dot products only
-    for (int queries = 1; queries <= kScoreRows; ++queries) print("fma", cache, V::kValuesAtOnce, queries);
+    for (int queries = 1; queries <= KvWide<V>::kQueries; ++queries) print("fma", cache, V::kValuesAtOnce, queries);
     for (int queries = 1; queries <= V::kQueriesAtOnce; ++queries) print("fma", cache, 2, queries);
   }
 }

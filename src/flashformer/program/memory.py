@@ -9,13 +9,14 @@ from .ops import n_chunks, qkv_width
 from .split import tile_vectors
 
 MOST_K_MULTIPLE = 128  # of the formats: inputs of products are padded to whole groups in place
-SCORE_ROWS = 4  # (row, head) pairs that attention takes at once
+SCORE_ROWS = 16  # (row, head) pairs that attention takes at once, at most
+VALUES_TOGETHER = 32  # positions whose values a matrix unit reads at once
 FRAGMENT_DIM = 32  # elements of a head that a pair of matrix instructions takes
 
 
 def ctx_padded(target: Target) -> int:
-    """Keys are stored in blocks of 16 positions; in fragments, values in chunks."""
-    block = LANES if target.layout is Layout.LANES else KEY_CHUNK
+    """Keys are stored in blocks of 16 positions, values read in blocks of 32; in fragments, values in chunks."""
+    block = VALUES_TOGETHER if target.layout is Layout.LANES else KEY_CHUNK
     return -(-target.ctx // block) * block
 
 
