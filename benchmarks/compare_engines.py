@@ -23,7 +23,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from engines.arms import HEADS, QUANTS, Arm, Peers, checkpoint, make_arms, reference
+from engines.arms import HEADS, QUANTS, Arm, Peers, checkpoint, is_alike, make_arms, reference
 from engines.child import Child, EngineError
 from engines.pairs import MOST_LOST, Closeness, compare, spread, within
 from engines.turns import Test, Turns, faster, take_turns
@@ -132,7 +132,6 @@ def compared(running: list[Running], turns: Mapping[str, Turns], fmt: str) -> li
     for peer in dict.fromkeys(one.arm.peer for one in running if one.arm.peer):
         ways = [one for one in running if one.arm.peer == peer]
         best = min(ways, key=lambda one: spread(turns[one.arm.name].seconds).median)
-        alike = QUANTS[fmt][-1 if peer == "OpenVINO" else 0]
         for ours in (one for one in running if one.arm.peer is None):
             bytes_of = ours.facts["weight_bytes"], best.facts["weight_bytes"]
             pairs.append(
@@ -140,7 +139,7 @@ def compared(running: list[Running], turns: Mapping[str, Turns], fmt: str) -> li
                     "ours": ours.arm.name,
                     "theirs": best.arm.name,
                     "peer": peer,
-                    "matched": ours.arm.options["quant"] == alike,
+                    "matched": is_alike(ours.arm, peer, fmt),
                     "times_as_fast": faster(turns[ours.arm.name], turns[best.arm.name]).to_json(),
                     "bytes_per_token": bytes_of[0] / bytes_of[1],
                     "bytes_within_2_percent": within(*bytes_of),

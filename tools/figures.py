@@ -80,10 +80,15 @@ def latest_pairs(results: Path = RESULTS) -> list[tuple[Record, Record]]:
     keys = ("model", "format", "test", "depth")
     pairs = ((record, pair) for record in records for pair in record["pairs"] if pair["matched"])
     newest = {
-        (machine(record), *(record[key] for key in keys), pair["ours"], pair["peer"]): (record, pair)
+        (machine(record), *(record[key] for key in keys), weights(record, pair), pair["peer"]): (record, pair)
         for record, pair in pairs
     }
     return list(newest.values())
+
+
+def weights(record: Record, pair: Record) -> str:
+    """Ours, whatever the cache beside them."""
+    return str(record["engines"][pair["ours"]]["weights"])
 
 
 def engine_figures(results: Path = RESULTS, shown_if: Callable[[Record, Record], bool] = every) -> str:

@@ -28,6 +28,7 @@ HEADS = {"q8_0": Q8_0, "q6_k": Q6_K, "default": None}
 OPENVINO_NAMES = {"bf16": "fp16", "int8": "int8"}
 QUANTS = {"bf16": ("none",), "int8": ("int8-g32", "int8-g128"), "int4": ("int4-g32", "int4-g128")}
 PEERS = ("llama.cpp", "transformers", "OpenVINO")
+OPENVINO_CACHE = "bf16"  # its attention's arithmetic; the others' caches have f16
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,29 @@ def make_arms(
 ) -> tuple[list[Arm], dict[str, str]]:
     """Everyone who runs a model in a format, files made where they are missing; and why others do not."""
     arms, left_out = [], {}
-    for quant in QUANTS[fmt]:
-        name = f"flashformer {'bf16' if quant == 'none' else quant}"
-        options = {"folder": str(folder), "dtype": "bf16", "quant": quant, "kv_dtype": "f16"}
-        arms.append(Arm(name, None, sys.executable, "ours", options))
+    arms += [_ours(folder, quant, "f16") for quant in QUANTS[fmt]]
     if peers.llama:
         arms += _llama_arms(_gguf(folder, fmt, work, peers.llama, head, threads), fmt, peers.llama)
     if peers.transformers and fmt == "bf16":
         arms.append(Arm("transformers bf16", PEERS[1], sys.executable, "eager", {"folder": str(folder)}))
     if peers.openvino:
         try:
-            arms.append(_openvino(folder, fmt, work, peers.openvino))
+            arms += [_openvino(folder, fmt, work, peers.openvino), _ours(folder, QUANTS[fmt][-1], OPENVINO_CACHE)]
         except subprocess.CalledProcessError as failed:
             left_out[PEERS[2]] = f"its export ended with {failed.returncode}; export.log has the reason"
     return arms, left_out
+
+
+def _ours(folder: Path, quant: str, cache: str) -> Arm:
+    name = f"flashformer {'bf16' if quant == 'none' else quant}{'' if cache == 'f16' else f' ({cache} cache)'}"
+    options = {"folder": str(folder), "dtype": "bf16", "quant": quant, "kv_dtype": cache}
+    return Arm(name, None, sys.executable, "ours", options)
+
+
+def is_alike(ours: Arm, peer: str, fmt: str) -> bool:
+    """The one of our ways that stands beside a peer."""
+    quant, cache = (QUANTS[fmt][-1], OPENVINO_CACHE) if peer == "OpenVINO" else (QUANTS[fmt][0], "f16")
+    return (ours.options["quant"], ours.options["kv_dtype"]) == (quant, cache)
 
 
 def _llama_arms(file: Path, fmt: str, python: str) -> list[Arm]:

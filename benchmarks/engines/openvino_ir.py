@@ -3,8 +3,8 @@
     python openvino_ir.py FOLDER OUT bf16|int8|int4 GROUP    exports one with optimum-intel: of bf16 as fp16, int8
                                                              with a scale per row, int4 with one per GROUP elements
 
-Its cache has f16 elements here, as the others', where by default it has u8. It cannot be cut back, so that a prompt is
-run again before every measurement, outside of the time.
+Its cache has bf16 elements here, as its attention computes, where by default it has u8. It cannot be cut back, so that
+a prompt is run again before every measurement, outside of the time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Engine:
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
-            "KV_CACHE_PRECISION": "f16",
+            "KV_CACHE_PRECISION": "bf16",
         }
         compiled = core.compile_model(model, "CPU", config)
         self.request = compiled.create_infer_request()
