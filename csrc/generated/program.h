@@ -42,6 +42,7 @@ constexpr int64_t kMaxHeadRows = 16;
 constexpr int64_t kEmbedBlock = 64;
 constexpr int64_t kPad = 64;
 constexpr int64_t kScoreRows = 16;
+constexpr int64_t kValuesTogether = 32;
 constexpr int64_t kMaxHeadDim = 256;
 
 // quantize.py

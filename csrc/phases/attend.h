@@ -2,10 +2,10 @@
 // group and all query heads that share the kv head. The unit owns its piece of the KV cache: it first norms, rotates
 // and appends the keys and values of the rows whose positions lie in its chunk. Gives, per (row, head, chunk): values
 // weighted by exp(score - max), the maximum and the sum; o_proj merges chunks in position order. Scores are taken over
-// 16 keys at a time (a lane owns a key), values key after key (a lane owns an element), so no sum depends on which rows
-// or workers are about. A worker takes its chunks of one head after the other, as they lie in the cache, keys, values,
-// keys, values: one stream where it has all chunks of a head, prefetched kAheadBytes early, and further while
-// exponentials are computed.
+// 16 keys at a time (a lane owns a key), values key after key (a lane owns an element), or by a matrix unit in blocks
+// of 32 keys from +0 on (queries_matrix.h), so no sum depends on which rows or workers are about. A worker takes its
+// chunks of one head after the other, as they lie in the cache, keys, values, keys, values: one stream where it has all
+// chunks of a head, prefetched kAheadBytes early, and further while exponentials are computed.
 #pragma once
 
 #include <numeric>
@@ -48,11 +48,6 @@ inline void attend_unit(Worker& worker, const Phase& phase, const Unit& unit, ty
     for (int64_t h = kv_head * per_kv; h < (kv_head + 1) * per_kv; ++h) {
       float* q = worker.heads() + n * forward.model.partial_stride;
       take_head<V>(worker, phase, r, h, q);
-      if constexpr (KV::kStep > 1 && !KV::kMatrix) {
-        for (int64_t d = 0; d < phase.head_dim; d += kLanes) {
-          KV::round(reinterpret_cast<typename KV::X*>(q) + d, V::load(q + d));
-        }
-      }
       batch[n++] = {q, begin > 0 ? begin : 0, end < kKeyChunk ? end : kKeyChunk,
                     forward.partial_index(r, h) + first_key / kKeyChunk};
       if (n == KV::kQueries) {

@@ -90,7 +90,7 @@ inline void append(const Worker& worker, const Phase& phase, int64_t r, int64_t 
 }
 
 // Zero the values from place k of a chunk on, whole steps, that are read together with those before: their weights are
-// zero, but not what an earlier sequence may have left.
+// zero, but not what an earlier sequence may have left. For every forward anew, as a sequence may have been cut back.
 template <class KV>
 inline void clear_values(const Phase& phase, typename KV::T* values, int64_t k) {
   k = (k + KV::kStep - 1) / KV::kStep * KV::kStep;

@@ -181,8 +181,8 @@ struct MatrixNarrow {
       return rows_at_once<V, Few, TILE, Few::kRowsAtOnce>(phase, rows, sums, w, in.rows, row, group, groups, ahead);
     }
     const int64_t k = phase.scale_group, lines = phase.group_bytes / 64;
-    // Prefetches are spread over products and the first rows: memory would rest meanwhile.
     in.shape.set(rows, k_of_a_product(k));
+    // Prefetches are spread over products and the first rows: memory would rest meanwhile.
     const int64_t products = TILE * (k / k_of_a_product(k)), of_rows = std::min(rows, lines / 2);
     const int64_t of_a_product = (lines - of_rows + products - 1) / products;
     if constexpr (std::is_same_v<A, AheadTwice>) ahead.move(lines);  // a group is read at once

@@ -23,7 +23,7 @@ inline void merge_chunks(const Forward& forward, const Phase& phase, int64_t par
   for (int64_t c = 0; c < n_chunks; c += kLanes) {
     const int64_t n = n_chunks - c < kLanes ? n_chunks - c : kLanes;
     const bool last = c + n == n_chunks;
-    float weights[kLanes] = {1.0f};  // of chunk c + i
+    float weights[kLanes] = {1.0f};  // of chunk c + i; e^0 if there is one
     if (n_chunks > 1) {
       for (int64_t i = 0; i < n; ++i) weights[i] = max_and_sum[2 * (c + i)];
       V::store(weights, exp<V>(V::sub(V::load(weights), V::set1(most))));

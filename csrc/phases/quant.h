@@ -70,7 +70,7 @@ inline void quantize_row(const float* x, int64_t n, int64_t group, int8_t* out, 
       return quantize_groups<V, 2>(x, n, out, scales, sums);
     case 64:
       return quantize_groups<V, 4>(x, n, out, scales, sums);
-    case 128:
+    default:  // kMostGroup
       return quantize_groups<V, 8>(x, n, out, scales, sums);
   }
 }

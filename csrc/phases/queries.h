@@ -20,7 +20,7 @@ inline const char* ahead_of(const T* p) {
 
 // One query head of one row against the keys of a chunk.
 struct Query {
-  const float* q;      // (head_dim), as KV::X
+  float* q;            // (head_dim), rounded in place to what meets keys
   int64_t begin, end;  // keys of the chunk that this row sees
   int64_t partial;     // index of its result
 };
@@ -147,6 +147,11 @@ template <class V, class KV, int P>
 inline void attend_queries(Worker& worker, const Phase& phase, const Query* query, const typename KV::T* keys,
                            const typename KV::T* values) {
   const Forward& forward = *worker.forward;
+  for (int p = 0; p < P && KV::kStep > 1; ++p) {
+    for (int64_t d = 0; d < phase.head_dim; d += kLanes) {
+      KV::round(reinterpret_cast<typename KV::X*>(query[p].q) + d, V::load(query[p].q + d));
+    }
+  }
   constexpr int Q = V::kQueriesAtOnce < P ? V::kQueriesAtOnce : P;
   float* scores = worker.scores();
   const Keys all = seen_by_any(query, P, kLanes);

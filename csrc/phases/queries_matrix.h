@@ -1,6 +1,7 @@
 // Queries against one chunk of the KV cache by a matrix unit: keys of 16 positions and values of 32 are its operands as
 // they lie in the cache, up to 16 queries or their weights the other. It takes 0.3 us to wake up, so few queries take
-// FMAs in its order, which give the same bits: of a product even and odd elements each from zero, then both together.
+// FMAs in its order: of a product even and odd elements each from zero, then both together. These give the same bits,
+// but for the sign of a zero that ends a chunk, which merging chunks from +0 on takes away.
 #pragma once
 
 #include "../simd/amx.h"
@@ -21,15 +22,16 @@ struct RoundedToBf16 {
 };
 
 template <class V>
-struct KvBf16Matrix : KvBf16Dot<V> {
+struct KvBf16Matrix {
   using T = uint16_t;
   using F = typename V::F;
   using Registers = Shape<V>;
   static constexpr bool kMatrix = true;
-  static constexpr int kFew = 4, kQueries = V::kMatrixRows;
+  static constexpr int kStep = 2, kFew = 4, kQueries = V::kMatrixRows;
   static constexpr int64_t kTogether = V::kMatrixBytes / 2;  // weights in a row of the unit's operand
   static constexpr int64_t kPair = 2 * kLanes;               // elements of the cache in a vector
-  static_assert(kKeyChunk % kTogether == 0);
+  static_assert(kTogether == kValuesTogether && kKeyChunk % kTogether == 0);
+  static void put(T* p, float x) { *p = to_bf16(x); }
   // Of values, whose sums for few queries registers hold.
   static constexpr int vectors_of(int queries) { return queries == 1 ? 4 : 2; }
 
@@ -77,6 +79,7 @@ struct KvBf16Matrix : KvBf16Dot<V> {
     return n;
   }
 
+  // In place, where the unit reads them: query p is the p-th of worker.heads().
   template <class KV>
   static void round_queries(const Batch& b, int n) {
     for (int p = 0; p < n; ++p) {
@@ -89,7 +92,7 @@ struct KvBf16Matrix : KvBf16Dot<V> {
   template <class KV>
   static void exponentiate_all(const Batch& b, int n) {
     const char* meanwhile = reinterpret_cast<const char*>(b.values + b.all.begin * b.phase.head_dim_padded);
-    const int64_t share = kThinkingBytes / (kKeyChunk / kLanes) / n / 64 * 64;  // for 16 keys of a query
+    const int64_t share = (kThinkingBytes / (kKeyChunk / kLanes) / n + 63) / 64 * 64;  // for 16 keys of a query
     for (int p = 0; p < n; ++p, meanwhile += (b.all.end - b.all.begin) / kLanes * share) {
       exponentiate<V, KV>(b.phase, b.query[p], b.all, b.scores(p), b.worker.forward->partial_sums(b.query[p].partial),
                           meanwhile, share);
@@ -150,18 +153,21 @@ struct KvBf16Matrix : KvBf16Dot<V> {
     for_each_tile<N>([&]<int I>() { V::template store_tile<I>(b.worker.heads() + d + I * kLanes, b.head_bytes()); });
   }
 
+  // Products are calls of their own, as what comes before and after them has other floating-point control.
   template <int P>
   static void few(const Batch& b) {
     round_queries<RoundedToBf16<V>>(b, P);
-    few_scores<P>(b);
+    {
+      const typename V::UnitArithmetic as_the_unit;
+      few_scores<P>(b);
+    }
     exponentiate_all<RoundedToBf16<V>>(b, P);
+    const typename V::UnitArithmetic as_the_unit;
     few_weigh<P>(b);
   }
 
-  // Calls of their own, as what comes before and after them has other floating-point control.
   template <int P>
   [[gnu::noinline]] static void few_scores(const Batch& b) {
-    const typename V::UnitArithmetic as_the_unit;
     const T* keys = b.keys + b.all.begin * b.phase.head_dim;
     for (int64_t k = b.all.begin; k < b.all.end; k += kLanes) {
       F sum[P];
@@ -184,7 +190,6 @@ struct KvBf16Matrix : KvBf16Dot<V> {
   }
   template <int P>
   [[gnu::noinline]] static void few_weigh(const Batch& b) {
-    const typename V::UnitArithmetic as_the_unit;
     constexpr int D = vectors_of(P);
     const int64_t n_elements = b.phase.head_dim_padded;
     for (int p = 0; p < P; ++p) {

@@ -75,7 +75,8 @@ struct Avx512Amx : Avx512 {
   }
 };
 
-// What registers are shaped for, changed where it must be: that costs as much as 16 products.
+// What registers are shaped for, changed where it must be: that costs as much as 10 products. One at a time in a
+// thread.
 template <class V>
 class Shape {
  public:

@@ -79,6 +79,7 @@ int main() {
 #ifdef __AMX_TILE__
   for (int tile : {1, 2, 4}) print_product("fma", "bf16", 2 * tile, 1);  // even k and odd k apart
   for (int queries = 1; queries <= KvBf16Matrix<Avx512Amx>::kFew; ++queries) {
+    // scores, the last vectors of values, those before them
     for (int vectors : {1, 1, KvBf16Matrix<Avx512Amx>::vectors_of(queries)}) print("fma", "bf16", 2 * vectors, queries);
   }
 #endif

@@ -259,8 +259,9 @@ def test_a_number_of_rows_out_of_range_is_refused(n_rows: int) -> None:
 
 
 @pytest.mark.parametrize("role", ["layers.0.q", "layers.0.k"])
+@pytest.mark.parametrize("chunk", [1, 64])
 @pytest.mark.parametrize(("weights", "kv"), [(F32, F32), (F32, BF16), (BF16, BF16)])
-def test_scores_that_overflow_are_not_averaged_away(role: str, weights: Format, kv: Format) -> None:
+def test_scores_that_overflow_are_not_averaged_away(role: str, weights: Format, kv: Format, chunk: int) -> None:
     model = SHAPE.make(1)
     tensor = model.tensors[role]
     huge = Tensor(tensor.name, tensor.format, (np.sign(tensor.data) * np.float32(3e38)).astype("f4"))
@@ -269,7 +270,7 @@ def test_scores_that_overflow_are_not_averaged_away(role: str, weights: Format, 
         cpu_kernel(model, weights=weights, kv=kv) as kernel,
         pytest.raises(NumericalError, match="attention of layer 0"),
     ):
-        prefill(kernel, random_ids(1, 9, SHAPE.vocab), chunk=64)
+        prefill(kernel, random_ids(1, 9, SHAPE.vocab), chunk=chunk)
 
 
 def test_a11_nan_of_any_payload_stays_nan_when_rounded() -> None:

@@ -49,16 +49,18 @@ def test_long_prompts_cross_chunks_and_windows(seed: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stored", [F32, BF16], ids=lambda f: f.name)
 @pytest.mark.parametrize("seed", range(6))
-def test_same_bits(seed: int, isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits(seed: int, stored: Format, isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the chunks, the threads, and the other slots."""
     if isa is not None:
         monkeypatch.setenv("FLASHFORMER_ISA", isa)
     spec = random_spec(200 + seed)
-    tensors, ids = random_tensors(spec, seed), some_ids(seed, 300)
+    tensors, ids = random_tensors(spec, seed, stored), some_ids(seed, 300)
+    formats = {"weight_format": stored, "kv_format": stored}
     found: list[bytes] = []
     for n_workers, chunk in ((1, 64), (2, 7), (3, 1), (4, 64)):
-        kernel = cpu(spec, tensors, n_workers, streams=2)
+        kernel = cpu(spec, tensors, n_workers, streams=2, **formats)
         try:
             other = some_ids(seed + 1, 5)
             if n_workers == 4:  # another stream in the same forwards, the slots the other way round

@@ -17,7 +17,16 @@ from ..model.spec import MAX_HEAD_DIM, Activation, QkNorm
 from . import fragments
 from .ir import KEY_CHUNK, LANES, MAX_HEAD_ROWS, Buffer, Layout, Op, Phase, Program, Space
 from .lower import VECTOR_PAD, padded
-from .memory import SCORE_ROWS, ctx_padded, group_stride, head_dim_padded, input_stride, layer_kv_elements, rope_offsets
+from .memory import (
+    SCORE_ROWS,
+    VALUES_TOGETHER,
+    ctx_padded,
+    group_stride,
+    head_dim_padded,
+    input_stride,
+    layer_kv_elements,
+    rope_offsets,
+)
 from .ops import EMBED_BLOCK, OPS, is_shared, n_chunks
 
 MODEL = np.dtype(
@@ -187,5 +196,6 @@ CONSTANTS = {
     "kEmbedBlock": EMBED_BLOCK,
     "kPad": VECTOR_PAD,
     "kScoreRows": SCORE_ROWS,
+    "kValuesTogether": VALUES_TOGETHER,
     "kMaxHeadDim": MAX_HEAD_DIM,
 }

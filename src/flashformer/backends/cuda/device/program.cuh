@@ -42,6 +42,7 @@ constexpr i64 kMaxHeadRows = 16;
 constexpr i64 kEmbedBlock = 64;
 constexpr i64 kPad = 64;
 constexpr i64 kScoreRows = 16;
+constexpr i64 kValuesTogether = 32;
 constexpr i64 kMaxHeadDim = 256;
 constexpr i64 kTileOutputs = 16;
 constexpr i64 kSliceK = 2048;
