@@ -18,15 +18,18 @@ struct Half {
 // T: an element of the cache; X: of what meets it, queries and weights, which are rounded in place. A vector is 16
 // steps. kQueries: (row, head) pairs that pass over a chunk at once. kTogether: keys whose values are read even if a
 // query sees only the first of them.
-template <class V>
-struct KvWide {
-  using X = float;
-  using Vector = typename V::F;
-  static constexpr int kStep = 1;
+template <int STEP>
+struct KvByVectors {
   struct Registers {};
   static constexpr bool kMatrix = false;
-  static constexpr int kQueries = 4;
-  static constexpr int64_t kTogether = kStep;
+  static constexpr int kStep = STEP, kQueries = 4;
+  static constexpr int64_t kTogether = STEP;
+};
+
+template <class V>
+struct KvWide : KvByVectors<1> {
+  using X = float;
+  using Vector = typename V::F;
   static typename V::F add(typename V::F sum, Vector v, const X* x) { return V::fma(v, V::set1(*x), sum); }
   static typename V::F round(X* p, typename V::F x) {
     V::store(p, x);
@@ -56,15 +59,10 @@ struct KvF16 : KvWide<V> {
 };
 
 template <class V>
-struct KvBf16Dot {
+struct KvBf16Dot : KvByVectors<2> {
   using T = uint16_t;
   using X = uint16_t;
   using Vector = typename V::Raw;
-  static constexpr int kStep = 2;
-  struct Registers {};
-  static constexpr bool kMatrix = false;
-  static constexpr int kQueries = 4;
-  static constexpr int64_t kTogether = kStep;
   static Vector load(const T* p) { return V::load_raw(reinterpret_cast<const char*>(p)); }
   static void put(T* p, float x) { *p = to_bf16(x); }
   static typename V::F add(typename V::F sum, Vector v, const X* x) { return V::dot_bf16(sum, v, x); }

@@ -98,6 +98,28 @@ inline void exponentiate(const Phase& phase, const Query& query, Keys keys, floa
   max_and_sum[1] = sum_lanes<V>(total) + sum_lanes<V>(poison);
 }
 
+// The same of n queries, and values prefetched meanwhile.
+template <class V, class KV, class T>
+inline void exponentiate_all(const Worker& worker, const Phase& phase, const Query* query, int n, Keys keys,
+                             const T* values) {
+  const char* meanwhile = reinterpret_cast<const char*>(values + keys.begin * phase.head_dim_padded);
+  const int64_t share = (kThinkingBytes / (kKeyChunk / kLanes) / n + 63) / 64 * 64;  // for 16 keys of a query
+  for (int p = 0; p < n; ++p, meanwhile += (keys.end - keys.begin) / kLanes * share) {
+    exponentiate<V, KV>(phase, query[p], keys, worker.scores() + p * kKeyChunk,
+                        worker.forward->partial_sums(query[p].partial), meanwhile, share);
+  }
+}
+
+// n queries in place, as KV::X.
+template <class V, class KV>
+inline void round_queries(const Phase& phase, const Query* query, int n) {
+  for (int p = 0; p < n; ++p) {
+    for (int64_t d = 0; d < phase.head_dim; d += kLanes) {
+      KV::round(reinterpret_cast<typename KV::X*>(query[p].q) + d, V::load(query[p].q + d));
+    }
+  }
+}
+
 // D vectors of the weighted sum of values for P queries: the keys that all of them see together, those before and after
 // for each by itself, in the order of the keys.
 template <class V, class KV, int P, int D>
@@ -147,11 +169,7 @@ template <class V, class KV, int P>
 inline void attend_queries(Worker& worker, const Phase& phase, const Query* query, const typename KV::T* keys,
                            const typename KV::T* values) {
   const Forward& forward = *worker.forward;
-  for (int p = 0; p < P && KV::kStep > 1; ++p) {
-    for (int64_t d = 0; d < phase.head_dim; d += kLanes) {
-      KV::round(reinterpret_cast<typename KV::X*>(query[p].q) + d, V::load(query[p].q + d));
-    }
-  }
+  if constexpr (KV::kStep > 1) round_queries<V, KV>(phase, query, P);
   constexpr int Q = V::kQueriesAtOnce < P ? V::kQueriesAtOnce : P;
   float* scores = worker.scores();
   const Keys all = seen_by_any(query, P, kLanes);
@@ -165,14 +183,8 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
       score_block<V, KV, P - p>(query + p, block, phase.head_dim, scores + p * kKeyChunk + k);
     }
   }
+  exponentiate_all<V, KV>(worker, phase, query, P, all, values);
   const int64_t stride = phase.head_dim_padded;
-  const char* meanwhile = reinterpret_cast<const char*>(values + all.begin * stride);
-  constexpr int64_t kShare = kThinkingBytes / (kKeyChunk / kLanes) / P / 64 * 64;  // for 16 keys of a query
-  for (int p = 0; p < P; ++p) {
-    exponentiate<V, KV>(phase, query[p], seen_by_any(query + p, 1, kLanes), scores + p * kKeyChunk,
-                        forward.partial_sums(query[p].partial),
-                        meanwhile + p * ((all.end - all.begin) / kLanes) * kShare, kShare);
-  }
   constexpr int D = V::kValuesAtOnce;
   int64_t at = 0;
   for (; at + D * kLanes <= stride; at += D * kLanes) {

@@ -79,33 +79,14 @@ struct KvBf16Matrix {
     return n;
   }
 
-  // In place, where the unit reads them: query p is the p-th of worker.heads().
-  template <class KV>
-  static void round_queries(const Batch& b, int n) {
-    for (int p = 0; p < n; ++p) {
-      float* q = b.worker.heads() + p * b.worker.forward->model.partial_stride;
-      for (int64_t d = 0; d < b.phase.head_dim; d += kLanes) {
-        KV::round(reinterpret_cast<typename KV::X*>(q) + d, V::load(q + d));
-      }
-    }
-  }
-  template <class KV>
-  static void exponentiate_all(const Batch& b, int n) {
-    const char* meanwhile = reinterpret_cast<const char*>(b.values + b.all.begin * b.phase.head_dim_padded);
-    const int64_t share = (kThinkingBytes / (kKeyChunk / kLanes) / n + 63) / 64 * 64;  // for 16 keys of a query
-    for (int p = 0; p < n; ++p, meanwhile += (b.all.end - b.all.begin) / kLanes * share) {
-      exponentiate<V, KV>(b.phase, b.query[p], b.all, b.scores(p), b.worker.forward->partial_sums(b.query[p].partial),
-                          meanwhile, share);
-    }
-  }
-
+  // The unit takes query p as the p-th of worker.heads(), where it lies.
   static void many(const Batch& b, Registers& registers, int n) {
-    round_queries<KvBf16Dot<V>>(b, n);
+    round_queries<V, KvBf16Dot<V>>(b.phase, b.query, n);
     registers.set(n, b.at_once * 2);
     int64_t k = b.all.begin;
     for (; k + 4 * kLanes <= b.all.end; k += 4 * kLanes) score_keys<4>(b, k);
     for (; k < b.all.end; k += kLanes) score_keys<1>(b, k);
-    exponentiate_all<KvBf16Dot<V>>(b, n);
+    exponentiate_all<V, KvBf16Dot<V>>(b.worker, b.phase, b.query, n, b.all, b.values);
     registers.set(n, V::kMatrixBytes);
     const int64_t n_elements = b.phase.head_dim_padded;
     int64_t d = 0;
@@ -156,12 +137,12 @@ struct KvBf16Matrix {
   // Products are calls of their own, as what comes before and after them has other floating-point control.
   template <int P>
   static void few(const Batch& b) {
-    round_queries<RoundedToBf16<V>>(b, P);
+    round_queries<V, RoundedToBf16<V>>(b.phase, b.query, P);
     {
       const typename V::UnitArithmetic as_the_unit;
       few_scores<P>(b);
     }
-    exponentiate_all<RoundedToBf16<V>>(b, P);
+    exponentiate_all<V, RoundedToBf16<V>>(b.worker, b.phase, b.query, P, b.all, b.values);
     const typename V::UnitArithmetic as_the_unit;
     few_weigh<P>(b);
   }
