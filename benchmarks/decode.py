@@ -7,6 +7,7 @@ Each line is what `flashformer bench --json` prints, with the machine and the ti
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -19,7 +20,9 @@ MODELS = ("demo", "shape:smollm2-135m", "shape:llama-3.2-1b")
 def main() -> None:
     args = sys.argv[1:]
     split = args.index("--") if "--" in args else len(args)
-    for model in args[:split] or MODELS:
+    parser = argparse.ArgumentParser(usage="%(prog)s [MODEL ...] [-- OPTIONS OF flashformer bench]")
+    parser.add_argument("models", metavar="MODEL", nargs="*", default=MODELS, help=f"default: {' '.join(MODELS)}")
+    for model in parser.parse_args(args[:split]).models:
         command = [sys.executable, "-m", "flashformer.cli", "bench", model, "--json", *args[split + 1 :]]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         for line in done.stdout.splitlines():
