@@ -146,36 +146,37 @@ struct Worker {
     delays.maybe();
     if (log) log->add(static_cast<int32_t>(phase), kLogUnit, unit);
   }
-  // Calls each(owner, i) for units of this phase until nobody has any: the i-th of those dealt to `owner`, of
-  // n_units(owner).
+  // Calls each(owner, i, n) for units of this phase until nobody has any: n from the i-th on of those dealt to `owner`,
+  // of n_units(owner). n is `most`, or less where fewer are left.
   template <class Count, class Each>
-  void each_unit(Count n_units, Each each) {
+  void each_unit(Count n_units, int64_t most, Each each) {
     Share& own = forward->shares[index];
     Dealt mine = {index, 0, n_units(index)};
-    const auto take = [&](Dealt& unit) {
-      if (forward->model.shared) return own.take_first(phase, mine, unit) || take_over(n_units, unit);
-      unit = mine;
-      return mine.begin++ < mine.end;
+    const auto take = [&](Dealt& units) {
+      if (forward->model.shared) return own.take_first(phase, mine, most, units) || take_over(n_units, most, units);
+      units = {index, mine.begin, std::min(mine.begin + most, mine.end)};
+      mine.begin = units.end;
+      return units.begin < units.end;
     };
-    for (Dealt unit; take(unit);) each(unit.owner, unit.begin);
+    for (Dealt units; take(units);) each(units.owner, units.begin, units.end - units.begin);
   }
-  // Half of what the worker with most left has becomes this one's, which has nothing left: a unit to execute at once,
-  // so that none goes from hand to hand, and the rest. false: nobody has any.
+  // Half of what the worker with most left has becomes this one's, which has nothing left: `most` units or fewer to
+  // execute at once, so that none goes from hand to hand, and the rest. false: nobody has any.
   template <class Count>
-  bool take_over(Count n_units, Dealt& unit) {
+  bool take_over(Count n_units, int64_t most, Dealt& units) {
     Share* shares = forward->shares;
     while (true) {
       Dealt from = {0, 0, 0};
-      int64_t most = 0;
+      int64_t has = 0;
       for (int64_t w = 0; w < forward->model.n_workers; ++w) {
         const Dealt dealt = {w, 0, n_units(w)};
         const int64_t left = shares[w].left(phase, dealt);
-        if (left > most) most = left, from = dealt;
+        if (left > has) has = left, from = dealt;
       }
-      if (most == 0) return false;
+      if (has == 0) return false;
       if (Dealt half; shares[from.owner].take_half(phase, from, half)) {
-        unit = {half.owner, half.begin, half.begin + 1};
-        shares[index].put(phase, {half.owner, half.begin + 1, half.end});
+        units = {half.owner, half.begin, std::min(half.begin + most, half.end)};
+        shares[index].put(phase, {half.owner, units.end, half.end});
         return true;
       }
     }

@@ -293,11 +293,12 @@ void block_sums(const Bytes& buffer, int64_t block_bytes,
   sum_blocks(reinterpret_cast<const char*>(buffer.data()), n_bytes, block_bytes, sum, sums.data(), n_threads);
 }
 
-double probe(const Bytes& buffer, int n_threads, int64_t ahead, double min_seconds) {
+double probe(const Bytes& buffer, int n_threads, int64_t streams, int64_t far, int64_t near, double min_seconds) {
+  if (streams != 1 && streams != 2) throw std::invalid_argument("one stream or two");
   const SumOf sum = supported_isas().back().sum;
   const Released released;
   return read_bandwidth(reinterpret_cast<const char*>(buffer.data()), static_cast<int64_t>(buffer.size()), n_threads,
-                        ahead, min_seconds, sum);
+                        {streams, far, near}, min_seconds, sum);
 }
 
 }  // namespace
@@ -354,6 +355,7 @@ NB_MODULE(_cpu, m) {
         "Copies rows, converted; returns as pack does.");
   m.def("block_sums", &block_sums, "buffer"_a, "block_bytes"_a, "sums"_a, "n_threads"_a,
         "Sums of the 8-byte words of each block, into `sums`.");
-  m.def("probe", &probe, "buffer"_a, "n_threads"_a, "ahead"_a, "min_seconds"_a,
-        "Read bandwidth in GB/s; loads are prefetched `ahead` bytes early, 0: plain.");
+  m.def("probe", &probe, "buffer"_a, "n_threads"_a, "streams"_a, "far"_a, "near"_a, "min_seconds"_a,
+        "Read bandwidth in GB/s of a thread's share as one stream or two; loads are prefetched `far` bytes early into "
+        "the second level of caches, `near` bytes early into the first, 0: not at all.");
 }

@@ -207,7 +207,7 @@ void sum_blocks(const char* begin, int64_t n_bytes, int64_t block_bytes, SumOf s
   share(n_blocks, n_threads, 0, 0, [&](int64_t first, int64_t last, Buffers&) {
     for (int64_t b = first; b < last; ++b) {
       const int64_t at = b * block_bytes, left = n_bytes - at;
-      sums[b] = sum(begin + at, left < block_bytes ? left : block_bytes, true);
+      sums[b] = sum(begin + at, left < block_bytes ? left : block_bytes, {1, 0, 4096});
     }
   });
 }

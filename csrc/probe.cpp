@@ -7,7 +7,8 @@
 
 namespace flashformer {
 
-double read_bandwidth(const char* begin, int64_t n_bytes, int n_threads, int64_t ahead, double min_seconds, SumOf sum) {
+double read_bandwidth(const char* begin, int64_t n_bytes, int n_threads, const Reading& how, double min_seconds,
+                      SumOf sum) {
   using Clock = std::chrono::steady_clock;
   constexpr int64_t kPiece = 1 << 20;
   const int64_t share = n_bytes / n_threads / 512 * 512;
@@ -25,7 +26,7 @@ double read_bandwidth(const char* begin, int64_t n_bytes, int n_threads, int64_t
     while (seconds < min_seconds) {
       for (int64_t at = 0; at < share && seconds < min_seconds; at += kPiece) {
         const int64_t n = share - at < kPiece ? share - at : kPiece;
-        total += sum(mine + at, n, ahead);
+        total += sum(mine + at, n, how);
         done += n;
         seconds = std::chrono::duration<double>(Clock::now() - start).count();
       }

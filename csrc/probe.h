@@ -7,8 +7,8 @@
 
 namespace flashformer {
 
-// GB/s (1e9 bytes) of n_threads reading equal shares of the range over and over for at least `min_seconds`, prefetched
-// `ahead` bytes early, 0: not at all.
-double read_bandwidth(const char* begin, int64_t n_bytes, int n_threads, int64_t ahead, double min_seconds, SumOf sum);
+// GB/s (1e9 bytes) of n_threads reading equal shares of the range over and over for at least `min_seconds`.
+double read_bandwidth(const char* begin, int64_t n_bytes, int n_threads, const Reading& how, double min_seconds,
+                      SumOf sum);
 
 }  // namespace flashformer

@@ -5,6 +5,7 @@
 // later one (the Program's waits; `check` proves it), so what lies here belongs to this phase or to one that is over.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -28,9 +29,9 @@ class alignas(64) Share {
     const Dealt now = in_phase(word_.load(std::memory_order_relaxed), phase, all);
     return now.end - now.begin;
   }
-  // The first unit, or the second half of all that is left. false: nothing is.
-  bool take_first(int64_t phase, const Dealt& all, Dealt& taken) {
-    return take(phase, all, taken, [](const Dealt& now) { return now.begin + 1; }, true);
+  // The first `most` units or fewer, or the second half of all that is left. false: nothing is.
+  bool take_first(int64_t phase, const Dealt& all, int64_t most, Dealt& taken) {
+    return take(phase, all, taken, [&](const Dealt& now) { return std::min(now.begin + most, now.end); }, true);
   }
   bool take_half(int64_t phase, const Dealt& all, Dealt& taken) {
     return take(phase, all, taken, [](const Dealt& now) { return now.begin + (now.end - now.begin) / 2; }, false);

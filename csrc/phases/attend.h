@@ -78,7 +78,7 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
   const auto n_units = [&](int64_t w) { return worker.span_of(w).begin < end ? turn / span.step * turns : 0; };
   typename KV::Registers registers;
   bool any = false;
-  worker.each_unit(n_units, [&](int64_t owner, int64_t i) {
+  worker.each_unit(n_units, 1, [&](int64_t owner, int64_t i, int64_t) {
     const Span& dealt = worker.span_of(owner);
     const int64_t unit = dealt.begin + i / turns * span.step + (first_turn + i % turns) * turn;
     if (unit < begin || unit >= end || unit >= dealt.end) return;

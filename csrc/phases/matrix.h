@@ -32,28 +32,32 @@ struct MatrixBf16 {
     Shape<V> shape;
   };
   static constexpr bool kMatrix = true;
-  static constexpr int kRowsAtOnce = V::kMatrixRows;
+  static constexpr AtOnce kAtOnce = {V::kMatrixRows, V::kPlain.vectors_one_row, 4};
   static constexpr int64_t kBlock = 2 * kBlockBytes;  // sums go to memory and back between blocks
   static constexpr int64_t kSteps = 16;
   static_assert(kBlock % (kSteps * kPad * 4) == 0, "only the end of k may be less than a product");
 
   static In take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return {rows, {}}; }
 
+  template <int TILE, int R, class A>
+  static void rows(const Phase& phase, float* sums, const char* w, const In& in, int64_t row, int64_t step,
+                   int64_t steps, A ahead) {
+    static_assert(R == 1);
+    const typename V::UnitArithmetic as_the_unit;
+    one_row<TILE>(phase, sums, w, in.rows.x + row * in.rows.stride + step * 2, steps, ahead);
+  }
   template <int TILE, class A>
-  static void some_rows(const Phase&, int64_t rows, float* sums, const char* w, const In& in, int64_t row, int64_t step,
-                        int64_t steps, A ahead) {
+  static void some_rows(const Phase& phase, int64_t n_rows, float* sums, const char* w, const In& in, int64_t row,
+                        int64_t step, int64_t steps, A ahead) {
+    if (n_rows == 1) return rows<TILE, 1>(phase, sums, w, in, row, step, steps, ahead);
     const uint16_t* x = in.rows.x + row * in.rows.stride + step * 2;
-    if (rows == 1) {
-      const typename V::UnitArithmetic as_the_unit;
-      return one_row<TILE>(sums, w, x, steps, ahead);
-    }
-    in.shape.set(rows, V::kMatrixBytes);
+    in.shape.set(n_rows, V::kMatrixBytes);
     load_sums<V, TILE>(sums);
     for (; steps >= kSteps; steps -= kSteps, w += kSteps * TILE * 64, x += kSteps * 2) {
       ahead.template pass<V>(kSteps * TILE);
       multiply<TILE>(w, TILE * 64, x, in.rows.stride * 2);
     }
-    if (steps > 0) last_steps<TILE>(w, x, in.rows.stride, rows, steps);
+    if (steps > 0) last_steps<TILE>(w, x, in.rows.stride, n_rows, steps);
     store_sums<V, TILE>(sums);
   }
 
@@ -82,29 +86,30 @@ struct MatrixBf16 {
   // One row as the unit computes it: of 16 steps, even k and odd k each from zero. A call of its own, as what comes
   // before and after it has other floating-point control.
   template <int TILE, class A>
-  [[gnu::noinline]] static void one_row(float* sums, const char* w, const uint16_t* x, int64_t steps, A ahead) {
-    typename V::F sum[TILE];
-    for (int v = 0; v < TILE; ++v) sum[v] = V::load(sums + v * kLanes);
+  [[gnu::noinline]] static void one_row(const Phase& phase, float* sums, const char* w, const uint16_t* x,
+                                        int64_t steps, A ahead) {
+    constexpr int VS = TILE * A::kTiles;
+    typename V::F sum[VS];
+    for (int v = 0; v < VS; ++v) sum[v] = V::load(sums + v * kLanes);
     for (; steps > 0; steps -= kSteps, w += kSteps * TILE * 64, x += kSteps * 2) {
-      typename V::F even[TILE], odd[TILE];
-      for (int v = 0; v < TILE; ++v) even[v] = odd[v] = V::zero();
+      typename V::F even[VS], odd[VS];
+      for (int v = 0; v < VS; ++v) even[v] = odd[v] = V::zero();
       const int64_t n = steps < kSteps ? steps : kSteps;
-      for (int64_t s = 0; s < n; ++s) {
+      for (int64_t s = 0; s < n; ++s, ahead.move(TILE)) {
         const typename V::F x0 = V::set1_bf16(x[2 * s]), x1 = V::set1_bf16(x[2 * s + 1]);
-        for (int v = 0; v < TILE; ++v) {
-          const typename V::Raw weight = V::load_once(w + (s * TILE + v) * 64);
-          ahead.template prefetch<V>(s * TILE + v);
+        for (int v = 0; v < VS; ++v) {
+          const typename V::Raw weight = V::load_once(w + s * TILE * 64 + place<TILE>(v, phase.tile_bytes));
+          ahead.template prefetch<V>(v);
           even[v] = V::fma(V::even_bf16(weight), x0, even[v]);
           odd[v] = V::fma(V::odd_bf16(weight), x1, odd[v]);
         }
       }
-      ahead.move(n * TILE);
       if (n < kSteps) {  // zeros behind them make -0 a +0
-        for (int v = 0; v < TILE; ++v) even[v] = V::add(even[v], V::zero()), odd[v] = V::add(odd[v], V::zero());
+        for (int v = 0; v < VS; ++v) even[v] = V::add(even[v], V::zero()), odd[v] = V::add(odd[v], V::zero());
       }
-      for (int v = 0; v < TILE; ++v) sum[v] = V::add(sum[v], V::add(even[v], odd[v]));
+      for (int v = 0; v < VS; ++v) sum[v] = V::add(sum[v], V::add(even[v], odd[v]));
     }
-    for (int v = 0; v < TILE; ++v) V::store(sums + v * kLanes, sum[v]);
+    for (int v = 0; v < VS; ++v) V::store(sums + v * kLanes, sum[v]);
   }
 };
 
@@ -166,7 +171,7 @@ struct MatrixNarrow {
     std::conditional_t<kSigned, SignedBytes<V, C>, BytesAsTheyAre<V, C>> codes;
   };
   static constexpr bool kMatrix = true;
-  static constexpr int kRowsAtOnce = V::kMatrixRows;
+  static constexpr AtOnce kAtOnce = {V::kMatrixRows, Few::kAtOnce.vectors_one_row, 4};
   static constexpr int64_t kBlock = kBlockBytes;
 
   static In take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
@@ -174,11 +179,16 @@ struct MatrixNarrow {
     return {Few::take(worker, phase, rows, n_rows), {}, reinterpret_cast<int32_t*>(worker.scores()), {}};
   }
 
+  template <int TILE, int R, class A>
+  static void rows(const Phase& phase, float* sums, const char* w, const In& in, int64_t row, int64_t group,
+                   int64_t groups, A ahead) {
+    Few::template rows<TILE, R>(phase, sums, w, in.rows, row, group, groups, ahead);
+  }
   template <int TILE, class A>
   static void some_rows(const Phase& phase, int64_t rows, float* sums, const char* w, const In& in, int64_t row,
                         int64_t group, int64_t groups, A ahead) {
-    if (rows <= Few::kRowsAtOnce) {
-      return rows_at_once<V, Few, TILE, Few::kRowsAtOnce>(phase, rows, sums, w, in.rows, row, group, groups, ahead);
+    if (rows <= Few::kAtOnce.rows) {
+      return rows_at_once<V, Few, TILE, Few::kAtOnce.rows>(phase, rows, sums, w, in.rows, row, group, groups, ahead);
     }
     const int64_t k = phase.scale_group, lines = phase.group_bytes / 64;
     in.shape.set(rows, k_of_a_product(k));

@@ -8,7 +8,8 @@
 // one stream (of every nth line where registers do not hold a tile's vectors), which the hardware fetches ahead better
 // than we do. One row has no prefetches, several name the line that is being read, which lets loads run ahead of
 // products. Where a CPU needs to be asked (Forward::software_prefetch), all that pass at once ask for every line twice,
-// early for the second level of caches and late for the first (docs/measuring.md).
+// early for the second level of caches and late for the first; and one row takes two tiles side by side if registers
+// hold their sums, as two streams come faster than one there (docs/measuring.md).
 #pragma once
 
 #include <algorithm>
@@ -58,8 +59,15 @@ struct WeightsBf16Dot {  // bf16 weights x bf16 activations, by the dot-product 
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) { return V::dot_bf16(sum, w, x); }
 };
 
+// Bytes from the first of a step's vectors, TILE of a tile, to vector v, which may be one of the next tile.
+template <int TILE>
+inline int64_t place(int64_t v, int64_t tile_bytes) {
+  return v / TILE * tile_bytes + v % TILE * 64;
+}
+
 // What a pass prefetches: for every 64 bytes that it reads, the line `line` bytes further on.
 struct Ahead {
+  static constexpr int kTiles = 1;
   const char* at;
   int64_t line;  // 64 / passes, rounded up
 
@@ -79,6 +87,7 @@ struct Ahead {
 
 // Every line of a stream twice: into the second level of caches, then into the first.
 struct AheadTwice {
+  static constexpr int kTiles = 1;
   static constexpr int64_t kFar = 4096, kNear = 2048;  // bytes
   const char* at;
 
@@ -95,7 +104,30 @@ struct AheadTwice {
   }
 };
 
+// The same of two tiles side by side; behind their ends follow the next two.
+template <int TILE>
+struct AheadOfTwo {
+  static constexpr int kTiles = 2;
+  static constexpr int64_t kFar = 3072, kNear = 1024;  // bytes
+  const char *at, *end;                                // of the first tile
+  int64_t tile_bytes, far, near;
+
+  AheadOfTwo(const char* tile, int64_t n_bytes) : at(tile), end(tile + n_bytes), tile_bytes(n_bytes) { move(0); }
+  template <class V>
+  void prefetch(int64_t i) const {
+    const char* line = at + place<TILE>(i, tile_bytes);
+    V::prefetch_far(line + far);
+    V::prefetch(line + near);
+  }
+  void move(int64_t lines) {
+    at += lines * 64;
+    far = at + kFar < end ? kFar : kFar + tile_bytes;
+    near = at + kNear < end ? kNear : kNear + tile_bytes;
+  }
+};
+
 struct NothingAhead {
+  static constexpr int kTiles = 1;
   template <class V>
   void prefetch(int64_t) const {}
   void move(int64_t) {}
@@ -103,8 +135,8 @@ struct NothingAhead {
 
 // VS vectors of R rows over `steps` steps of TILE vectors. w: first vector of the first step.
 template <class V, class W, int TILE, int VS, int R, class A>
-inline void product_block(float* sums, const char* w, const typename W::X* x, int64_t x_stride, int64_t steps,
-                          A ahead) {
+inline void product_block(const Phase& phase, float* sums, const char* w, const typename W::X* x, int64_t x_stride,
+                          int64_t steps, A ahead) {
   typename V::F sum[R][VS];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < VS; ++v) sum[r][v] = V::load(sums + r * kPad + v * kLanes);
@@ -112,7 +144,7 @@ inline void product_block(float* sums, const char* w, const typename W::X* x, in
   for (int64_t s = 0; s < steps; ++s) {
     typename V::Raw weight[VS];
     for (int v = 0; v < VS; ++v) {
-      weight[v] = V::load_raw(w + v * 64);
+      weight[v] = V::load_raw(w + place<TILE>(v, phase.tile_bytes));
       ahead.template prefetch<V>(v);
     }
     for (int r = 0; r < R; ++r) {
@@ -133,17 +165,15 @@ struct Plain : P {
   using X = typename P::X;
   static constexpr bool kMatrix = false;
   static constexpr int64_t kBlock = kBlockBytes;
-  static constexpr int kRowsAtOnce = P::kAtOnce.rows;
-
   static Input<X> take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return rows; }
 
   template <int TILE, int R, class A>
-  static void rows(const Phase&, float* sums, const char* w, const Input<X>& in, int64_t row, int64_t group,
+  static void rows(const Phase& phase, float* sums, const char* w, const Input<X>& in, int64_t row, int64_t group,
                    int64_t groups, A ahead) {
-    constexpr int VS = P::kAtOnce.vectors_of(TILE, R);
+    constexpr int VS = P::kAtOnce.vectors_of(TILE * A::kTiles, R);
     const X* x = in.x + row * in.stride + group * P::kGroup;
     for (int v = 0; v < TILE; v += VS, ahead.move(VS)) {
-      product_block<V, P, TILE, VS, R>(sums + v * kLanes, w + v * 64, x, in.stride, groups, ahead);
+      product_block<V, P, TILE, VS, R>(phase, sums + v * kLanes, w + v * 64, x, in.stride, groups, ahead);
     }
   }
 };
@@ -162,11 +192,21 @@ inline void rows_at_once(const Phase& phase, int64_t rows, float* sums, const ch
   }
 }
 
+// Two tiles for one row; sums of the second behind those of the first.
+template <class V, class W, int TILE, class In>
+void product_two_tiles(const Phase& phase, float* sums, const char* w, const In& in) {
+  if constexpr (W::kAtOnce.pairs_of(TILE)) {
+    for (int v = 0; v < 2 * TILE; ++v) V::store(sums + v * kLanes, V::zero());
+    W::template rows<TILE, 1>(phase, sums, w, in, 0, 0, phase.tile_bytes / phase.group_bytes,
+                              AheadOfTwo<TILE>(w, phase.tile_bytes));
+  }
+}
+
 // One tile for all rows. `next`: where this worker reads after this tile. `twice`: see Forward::software_prefetch.
 template <class V, class W, int TILE, class In>
 void product_tile(const Phase& phase, float* sums, const char* w, const In& in, int64_t n_rows, const char* next,
                   bool twice) {
-  constexpr int R = W::kRowsAtOnce;
+  constexpr int R = W::kAtOnce.rows;
   const int64_t all = phase.tile_bytes / phase.group_bytes;
   for (int64_t r = 0; r < n_rows; ++r) {
     for (int v = 0; v < TILE; ++v) V::store(sums + r * kPad + v * kLanes, V::zero());
@@ -216,22 +256,28 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
   float* sums = worker.sums();
   const bool twice = worker.forward->software_prefetch;
   const auto n_tiles = [&](int64_t w) { return worker.span_of(w).end - worker.span_of(w).begin; };
-  worker.each_unit(n_tiles, [&](int64_t owner, int64_t i) {
+  const bool pairs = twice && n_rows == 1 && W::kAtOnce.pairs_of(phase.vectors);
+  const int64_t outputs = phase.vectors * kLanes;
+  worker.each_unit(n_tiles, pairs ? 2 : 1, [&](int64_t owner, int64_t i, int64_t n) {
     const int64_t unit = worker.span_of(owner).begin + i;
-    worker.begin_unit(unit);
     const char* tile = tiles + unit * phase.tile_bytes;
     const char* next = unit + 1 < worker.span_of(owner).end ? tile + phase.tile_bytes : worker.tape_ahead();
+    for (int64_t u = 0; u < n; ++u) worker.begin_unit(unit + u);
+    const auto multiply = [&]<int TILE>() {
+      if (n == 2) return product_two_tiles<V, W, TILE>(phase, sums, tile, in);
+      product_tile<V, W, TILE>(phase, sums, tile, in, n_rows, next, twice);
+    };
     switch (phase.vectors) {
       case 1:
-        product_tile<V, W, 1>(phase, sums, tile, in, n_rows, next, twice);
+        multiply.template operator()<1>();
         break;
       case 2:
-        product_tile<V, W, 2>(phase, sums, tile, in, n_rows, next, twice);
+        multiply.template operator()<2>();
         break;
       default:
-        product_tile<V, W, 4>(phase, sums, tile, in, n_rows, next, twice);
+        multiply.template operator()<4>();
     }
-    finish(unit * phase.vectors * kLanes, sums);
+    for (int64_t u = 0; u < n; ++u) finish((unit + u) * outputs, sums + u * outputs);
   });
 }
 

@@ -143,22 +143,22 @@ inline QuantBlock quant_block(const Phase& phase, const char* group, int64_t til
 }
 
 // Of a group whose first lines are scales and zeros.
-template <class V, class A>
+template <class V, int TILE, class A>
 inline void prefetch_scales(const Phase& phase, int64_t codes_bytes, int64_t vector, A& ahead) {
   for (int64_t at = codes_bytes; at < phase.group_bytes; at += 64, ahead.move(1)) {
-    if (vector == 0) ahead.template prefetch<V>(0);
+    for (int t = 0; t < A::kTiles && vector == 0; ++t) ahead.template prefetch<V>(t * TILE);
   }
 }
 
-// Half H of a step, four k: codes are taken out once for all rows.
-template <class V, class C, int H, int VS, int R>
-inline void four_k(typename V::I (&acc)[R][VS], const typename V::Raw (&weight)[VS], const int8_t* const (&x)[R],
+// Half H of a step, four k, of N vectors from v0 on: codes are taken out once for all rows.
+template <class V, class C, int H, int N, int VS, int R>
+inline void four_k(typename V::I (&acc)[R][VS], int v0, const typename V::Raw (&weight)[N], const int8_t* const (&x)[R],
                    int64_t k) {
-  typename V::Raw bytes[VS];
-  for (int v = 0; v < VS; ++v) bytes[v] = C::template bytes<H>(weight[v]);
+  typename V::Raw bytes[N];
+  for (int v = 0; v < N; ++v) bytes[v] = C::template bytes<H>(weight[v]);
   for (int r = 0; r < R; ++r) {
     const typename V::X4 four = V::broadcast4(x[r] + k);
-    for (int v = 0; v < VS; ++v) acc[r][v] = C::dot(acc[r][v], bytes[v], four);
+    for (int v = 0; v < N; ++v) acc[r][v0 + v] = C::dot(acc[r][v0 + v], bytes[v], four);
   }
 }
 
@@ -168,6 +168,7 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
                           int64_t row, int64_t first_group, int64_t groups, A ahead) {
   using C = Codes<V>;
   const int64_t steps = phase.scale_group / C::kStep, codes_bytes = steps * TILE * 64;
+  constexpr int N = VS / A::kTiles;           // vectors of one tile
   constexpr bool in_registers = R * VS <= 8;  // the sums over groups, beside those within one
   typename V::F total[R][VS];
   for (int r = 0; r < R; ++r) {
@@ -177,7 +178,7 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
   }
   for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes) {
     const QuantBlock block = quant_block(phase, w, TILE, vector, codes_bytes);
-    prefetch_scales<V>(phase, codes_bytes, vector, ahead);
+    prefetch_scales<V, TILE>(phase, codes_bytes, vector, ahead);
     const int8_t* x[R];
     typename V::I acc[R][VS];
     for (int r = 0; r < R; ++r) {
@@ -185,7 +186,8 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
       x[r] = in.x + (row + r) * in.stride + (first_group + g) * phase.scale_group;
       for (int v = 0; v < VS; ++v) {
         if (block.zeros) {
-          acc[r][v] = V::mul_i(V::load_u8(block.zeros + v * 16), V::set1_i(-in.sums[at]));
+          acc[r][v] =
+              V::mul_i(V::load_u8(block.zeros + v / TILE * phase.tile_bytes + v % TILE * 16), V::set1_i(-in.sums[at]));
         } else {
           acc[r][v] = V::set1_i(-C::kBias * in.sums[at]);
         }
@@ -193,16 +195,20 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
     }
     const char* codes = block.codes;
     for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, ahead.move(TILE)) {
-      typename V::Raw weight[VS];
-      for (int v = 0; v < VS; ++v) {
-        weight[v] = V::load_raw(codes + v * 64);
-        ahead.template prefetch<V>(vector + v);
+#pragma GCC unroll 2
+      for (int v0 = 0; v0 < VS; v0 += N) {
+        typename V::Raw weight[N];
+        for (int v = 0; v < N; ++v) {
+          weight[v] = V::load_raw(codes + place<TILE>(v0 + v, phase.tile_bytes));
+          ahead.template prefetch<V>(vector + v0 + v);
+        }
+        four_k<V, C, 0>(acc, v0, weight, x, s * C::kStep);
+        if constexpr (C::kStep == 8) four_k<V, C, 1>(acc, v0, weight, x, s * C::kStep + 4);
       }
-      four_k<V, C, 0>(acc, weight, x, s * C::kStep);
-      if constexpr (C::kStep == 8) four_k<V, C, 1>(acc, weight, x, s * C::kStep + 4);
     }
     for (int v = 0; v < VS; ++v) {
-      const typename V::F scale = V::load_f16(reinterpret_cast<const uint16_t*>(block.scales + v * 32));
+      const char* scales = block.scales + v / TILE * phase.tile_bytes + v % TILE * 32;
+      const typename V::F scale = V::load_f16(reinterpret_cast<const uint16_t*>(scales));
       for (int r = 0; r < R; ++r) {
         const typename V::F both = V::mul(scale, V::set1(in.scales[(row + r) * in.group_stride + first_group + g]));
         float* sum = sums + r * kPad + v * kLanes;
@@ -246,7 +252,7 @@ inline void wide_groups(const Phase& phase, float* sums, const char* w, int64_t 
   const int64_t steps = phase.scale_group / C::kStep, codes_bytes = steps * TILE * 64;
   for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes) {
     const QuantBlock block = quant_block(phase, w, TILE, vector, codes_bytes);
-    prefetch_scales<V>(phase, codes_bytes, vector, ahead);
+    prefetch_scales<V, TILE>(phase, codes_bytes, vector, ahead);
     const typename V::F zero = block.zeros ? V::to_f32(V::load_u8(block.zeros)) : V::set1(C::kZero);
     const float* x[R];
     typename V::F part[R];
@@ -275,7 +281,6 @@ struct QuantNarrow {
   static constexpr bool kMatrix = false;
   static constexpr int64_t kBlock = kBlockBytes;
   static constexpr AtOnce kAtOnce = Codes<V>::kAtOnce;
-  static constexpr int kRowsAtOnce = kAtOnce.rows;
 
   // Rows of phase.k elements, quantized into scratch.
   static QuantInput take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
@@ -292,7 +297,7 @@ struct QuantNarrow {
   template <int TILE, int R, class A>
   static void rows(const Phase& phase, float* sums, const char* w, const QuantInput& in, int64_t row, int64_t group,
                    int64_t groups, A ahead) {
-    constexpr int VS = kAtOnce.vectors_of(TILE, R);
+    constexpr int VS = kAtOnce.vectors_of(TILE * A::kTiles, R);
     for (int v = 0; v < TILE; v += VS) {
       narrow_groups<V, Codes, TILE, VS, R>(phase, sums + v * kLanes, w, v, in, row, group, groups, ahead);
     }
@@ -304,7 +309,7 @@ struct QuantWide {
   using X = float;
   static constexpr bool kMatrix = false;
   static constexpr int64_t kBlock = kBlockBytes;
-  static constexpr int kRowsAtOnce = V::kWideCodeRows;
+  static constexpr AtOnce kAtOnce = {V::kWideCodeRows, 1, 1};
 
   // Rows of phase.k elements, zeros behind them up to a whole group.
   static Input<float> take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {

@@ -16,10 +16,10 @@ struct Avx512 {
   using Raw = __m512i;  // 64 bytes of packed weights
 
   // Whole tiles: one that is read in two passes comes at half the speed.
-  static constexpr AtOnce kPlain = {6, 4, 4};    // weights as they are
-  static constexpr AtOnce kWidened = {4, 4, 4};  // 16-bit weights become fp32
-  static constexpr AtOnce kCodes = {4, 4, 4};    // of quantized weights, and int8 rows
-  static constexpr AtOnce kLookups = {4, 4, 4};  // the same through a codebook
+  static constexpr AtOnce kPlain = {6, 8, 4};    // weights as they are
+  static constexpr AtOnce kWidened = {4, 8, 4};  // 16-bit weights become fp32
+  static constexpr AtOnce kCodes = {4, 8, 4};    // of quantized weights, and int8 rows
+  static constexpr AtOnce kLookups = {4, 8, 4};  // the same through a codebook
   static constexpr int kWideCodeRows = 4;
   static constexpr int kQueriesAtOnce = 4;  // whose scores are summed together
   static constexpr int kValuesAtOnce = 4;   // vectors of head_dim summed together by attention

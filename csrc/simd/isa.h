@@ -13,12 +13,18 @@ const PhaseTable* avx512_table(Format weights, Format kv, bool dot);
 const PhaseTable* avx512bf16_table(Format weights, Format kv, bool dot);
 const PhaseTable* amx_table(Format weights, Format kv, bool dot);
 
-// Read bandwidth probes: the sum of all 8-byte words, by 64-byte loads, plain or prefetched `ahead` bytes early.
-using SumOf = uint64_t (*)(const char* begin, int64_t n_bytes, int64_t ahead);
+// How memory is read: as one stream or its halves side by side, every line asked for so many bytes early into the
+// second level of caches (far) and into the first (near), 0: not at all.
+struct Reading {
+  int64_t streams, far, near;
+};
 
-uint64_t portable_sum(const char* begin, int64_t n_bytes, int64_t ahead);
-uint64_t avx2_sum(const char* begin, int64_t n_bytes, int64_t ahead);
-uint64_t avx512_sum(const char* begin, int64_t n_bytes, int64_t ahead);
+// Read bandwidth probes: the sum of all 8-byte words, by 64-byte loads.
+using SumOf = uint64_t (*)(const char* begin, int64_t n_bytes, const Reading& how);
+
+uint64_t portable_sum(const char* begin, int64_t n_bytes, const Reading& how);
+uint64_t avx2_sum(const char* begin, int64_t n_bytes, const Reading& how);
+uint64_t avx512_sum(const char* begin, int64_t n_bytes, const Reading& how);
 
 constexpr int64_t kMostGroup = 128;
 

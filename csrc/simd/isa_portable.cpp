@@ -8,8 +8,8 @@ namespace flashformer {
 
 const PhaseTable* portable_table(Format weights, Format kv, bool dot) { return table_for<Portable>(weights, kv, dot); }
 
-uint64_t portable_sum(const char* begin, int64_t n_bytes, int64_t ahead) {
-  return sum_bytes<Portable>(begin, n_bytes, ahead);
+uint64_t portable_sum(const char* begin, int64_t n_bytes, const Reading& how) {
+  return sum_bytes<Portable>(begin, n_bytes, how);
 }
 
 uint32_t portable_quantize(const QuantVector& vector) { return quantize_vector<Portable>(vector); }

@@ -34,17 +34,18 @@ constexpr bool kMatrix = false;
 #endif
 
 // Instances of a product: one that asks for every line twice; one row alone has its own, without prefetches, unless a
-// matrix unit is about, which takes bf16 and many rows.
-void print_product(const char* kind, const char* weights, int vectors, int rows) {
-  for (int instance = 0; instance < (rows == 1 && !kMatrix ? 3 : 2); ++instance) print(kind, weights, vectors, rows);
+// matrix unit is about, which takes bf16 and many rows, and one of two tiles side by side.
+void print_product(const char* kind, const char* weights, AtOnce at_once, int tile, int rows) {
+  for (int instance = 0; instance < (rows == 1 && !kMatrix ? 3 : 2); ++instance) {
+    print(kind, weights, at_once.vectors_of(tile, rows), rows);
+  }
+  if (rows == 1 && at_once.pairs_of(tile)) print(kind, weights, 2 * tile, 1);
 }
 
 template <class W>
 void plain(const char* kind, const char* weights) {
   for (int tile : {1, 2, 4}) {
-    for (int rows = 1; rows <= Plain<V, W>::kRowsAtOnce; ++rows) {
-      print_product(kind, weights, W::kAtOnce.vectors_of(tile, rows), rows);
-    }
+    for (int rows = 1; rows <= W::kAtOnce.rows; ++rows) print_product(kind, weights, W::kAtOnce, tile, rows);
   }
 }
 
@@ -54,13 +55,11 @@ concept Narrow = requires(typename T::I acc, typename T::Raw w, typename T::X4 x
 template <template <class> class Codes>
 void quantized(const char* weights) {
   for (int tile : {1, 2, 4}) {
-    for (int rows = 1; rows <= QuantWide<V, Codes>::kRowsAtOnce && !kMatrix; ++rows) {
-      print_product("fma", weights, 1, rows);
-    }
+    constexpr AtOnce kWide = QuantWide<V, Codes>::kAtOnce;
+    for (int rows = 1; rows <= kWide.rows && !kMatrix; ++rows) print_product("fma", weights, kWide, tile, rows);
     if constexpr (Narrow<V>) {
-      for (int rows = 1; rows <= QuantNarrow<V, Codes>::kRowsAtOnce; ++rows) {
-        print_product("bytes", weights, QuantNarrow<V, Codes>::kAtOnce.vectors_of(tile, rows), rows);
-      }
+      constexpr AtOnce kNarrow = QuantNarrow<V, Codes>::kAtOnce;
+      for (int rows = 1; rows <= kNarrow.rows; ++rows) print_product("bytes", weights, kNarrow, tile, rows);
     }
   }
 }
@@ -77,7 +76,9 @@ int main() {
   plain<WeightsBf16Dot<V>>("dot", "bf16");
 #endif
 #ifdef __AMX_TILE__
-  for (int tile : {1, 2, 4}) print_product("fma", "bf16", 2 * tile, 1);  // even k and odd k apart
+  for (int tile : {1, 2, 4}) {  // even k and odd k apart; by itself, as one tile, and of two side by side
+    for (int vectors : {tile, tile, 2 * tile}) print("fma", "bf16", 2 * vectors, 1);
+  }
   for (int queries = 1; queries <= KvBf16Matrix<Avx512Amx>::kFew; ++queries) {
     // scores, the last vectors of values, those before them
     for (int vectors : {1, 1, KvBf16Matrix<Avx512Amx>::vectors_of(queries)}) print("fma", "bf16", 2 * vectors, queries);
