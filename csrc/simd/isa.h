@@ -14,7 +14,7 @@ const PhaseTable* avx512bf16_table(Format weights, Format kv, bool dot);
 const PhaseTable* amx_table(Format weights, Format kv, bool dot);
 
 // How memory is read: as one stream or its halves side by side, every line asked for so many bytes early into the
-// second level of caches (far) and into the first (near), 0: not at all.
+// second level of caches (far, never without the next) and into the first (near), 0: not at all.
 struct Reading {
   int64_t streams, far, near;
 };
