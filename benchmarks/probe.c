@@ -154,7 +154,7 @@ int main(int argc, char **argv) {
     medians[mode] = rates[mode][n_turns / 2];
     if (medians[mode] > best) best = medians[mode];
   }
-  printf("%.2f GB/s (plain %.2f, prefetched %.2f, twice %.2f, in two streams %.2f), %d threads, %ld MiB, sum %016llx\n", best,
-         medians[0], medians[1], medians[2], medians[3], n_threads, mib, (unsigned long long)sum);
+  printf("%.2f GB/s (plain %.2f, prefetched %.2f, twice %.2f, in two streams %.2f), %d threads, %ld MiB, sum %016llx\n",
+         best, medians[0], medians[1], medians[2], medians[3], n_threads, mib, (unsigned long long)sum);
   return 0;
 }

@@ -1,6 +1,7 @@
 // One forward as plain data: what every phase function sees. Shapes: rows are padded to the strides in Model.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "generated/program.h"

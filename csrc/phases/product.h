@@ -59,10 +59,11 @@ struct WeightsBf16Dot {  // bf16 weights x bf16 activations, by the dot-product 
   static typename V::F add(typename V::F sum, typename V::Raw w, const X* x) { return V::dot_bf16(sum, w, x); }
 };
 
-// Bytes from the first of a step's vectors, TILE of a tile, to vector v, which may be one of the next tile.
-template <int TILE>
+// Bytes from what belongs to the first of a tile's TILE vectors to what belongs to vector v, which may be one of the
+// next tile.
+template <int TILE, int BYTES = 64>
 inline int64_t place(int64_t v, int64_t tile_bytes) {
-  return v / TILE * tile_bytes + v % TILE * 64;
+  return v / TILE * tile_bytes + v % TILE * BYTES;
 }
 
 // What a pass prefetches: for every 64 bytes that it reads, the line `line` bytes further on.

@@ -186,8 +186,7 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
       x[r] = in.x + (row + r) * in.stride + (first_group + g) * phase.scale_group;
       for (int v = 0; v < VS; ++v) {
         if (block.zeros) {
-          acc[r][v] =
-              V::mul_i(V::load_u8(block.zeros + v / TILE * phase.tile_bytes + v % TILE * 16), V::set1_i(-in.sums[at]));
+          acc[r][v] = V::mul_i(V::load_u8(block.zeros + place<TILE, 16>(v, phase.tile_bytes)), V::set1_i(-in.sums[at]));
         } else {
           acc[r][v] = V::set1_i(-C::kBias * in.sums[at]);
         }
@@ -207,7 +206,7 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
       }
     }
     for (int v = 0; v < VS; ++v) {
-      const char* scales = block.scales + v / TILE * phase.tile_bytes + v % TILE * 32;
+      const char* scales = block.scales + place<TILE, 32>(v, phase.tile_bytes);
       const typename V::F scale = V::load_f16(reinterpret_cast<const uint16_t*>(scales));
       for (int r = 0; r < R; ++r) {
         const typename V::F both = V::mul(scale, V::set1(in.scales[(row + r) * in.group_stride + first_group + g]));
