@@ -23,7 +23,7 @@ typedef struct {
   size_t streams, far, near;
 } Mode;
 enum { N_MODES = 4 };
-static const Mode MODES[N_MODES] = {{1, 0, 0}, {1, 0, 4096}, {1, 4096, 2048}, {2, 3072, 1024}};
+static const Mode MODES[N_MODES] = {{1, 0, 0}, {1, 0, 4096}, {1, 4096, 2048}, {2, 3072, 1536}};
 
 /* Eight words of one cache line; the compiler turns the arithmetic into vector instructions. */
 typedef uint64_t Line __attribute__((vector_size(64)));

@@ -89,6 +89,7 @@ struct MatrixBf16 {
   [[gnu::noinline]] static void one_row(const Phase& phase, float* sums, const char* w, const uint16_t* x,
                                         int64_t steps, A ahead) {
     constexpr int VS = TILE * A::kTiles;
+    const int64_t tile_bytes = phase.tile_bytes;
     typename V::F sum[VS];
     for (int v = 0; v < VS; ++v) sum[v] = V::load(sums + v * kLanes);
     for (; steps > 0; steps -= kSteps, w += kSteps * TILE * 64, x += kSteps * 2) {
@@ -98,7 +99,7 @@ struct MatrixBf16 {
       for (int64_t s = 0; s < n; ++s, ahead.move(TILE)) {
         const typename V::F x0 = V::set1_bf16(x[2 * s]), x1 = V::set1_bf16(x[2 * s + 1]);
         for (int v = 0; v < VS; ++v) {
-          const typename V::Raw weight = V::load_once(w + s * TILE * 64 + place<TILE>(v, phase.tile_bytes));
+          const typename V::Raw weight = V::load_once(w + s * TILE * 64 + place<TILE>(v, tile_bytes));
           ahead.template prefetch<V>(v);
           even[v] = V::fma(V::even_bf16(weight), x0, even[v]);
           odd[v] = V::fma(V::odd_bf16(weight), x1, odd[v]);

@@ -109,7 +109,7 @@ struct AheadTwice {
 template <int TILE>
 struct AheadOfTwo {
   static constexpr int kTiles = 2;
-  static constexpr int64_t kFar = 3072, kNear = 1024;  // bytes
+  static constexpr int64_t kFar = 3072, kNear = 1536;  // bytes
   const char *at, *end;                                // of the first tile
   int64_t tile_bytes, far, near;
 
@@ -119,6 +119,7 @@ struct AheadOfTwo {
     const char* line = at + place<TILE>(i, tile_bytes);
     V::prefetch_far(line + far);
     V::prefetch(line + near);
+    asm volatile("" ::: "memory");  // keeps the order: line after line is read, not several at once and then none
   }
   void move(int64_t lines) {
     at += lines * 64;
@@ -126,6 +127,12 @@ struct AheadOfTwo {
     near = at + kNear < end ? kNear : kNear + tile_bytes;
   }
 };
+
+// How many of `vectors` meet rows together: of two tiles one, line after line, in the order of what is asked for.
+template <class A>
+constexpr int at_once_of(int vectors) {
+  return A::kTiles == 1 ? vectors : 1;
+}
 
 struct NothingAhead {
   static constexpr int kTiles = 1;
@@ -138,19 +145,24 @@ struct NothingAhead {
 template <class V, class W, int TILE, int VS, int R, class A>
 inline void product_block(const Phase& phase, float* sums, const char* w, const typename W::X* x, int64_t x_stride,
                           int64_t steps, A ahead) {
+  constexpr int N = at_once_of<A>(VS);
+  const int64_t tile_bytes = phase.tile_bytes;
   typename V::F sum[R][VS];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < VS; ++v) sum[r][v] = V::load(sums + r * kPad + v * kLanes);
   }
   for (int64_t s = 0; s < steps; ++s) {
-    typename V::Raw weight[VS];
-    for (int v = 0; v < VS; ++v) {
-      weight[v] = V::load_raw(w + place<TILE>(v, phase.tile_bytes));
-      ahead.template prefetch<V>(v);
-    }
-    for (int r = 0; r < R; ++r) {
-      const typename W::X* xs = x + r * x_stride + s * W::kGroup;
-      for (int v = 0; v < VS; ++v) sum[r][v] = W::add(sum[r][v], weight[v], xs);
+#pragma GCC unroll 8
+    for (int v0 = 0; v0 < VS; v0 += N) {
+      typename V::Raw weight[N];
+      for (int v = 0; v < N; ++v) {
+        weight[v] = V::load_raw(w + place<TILE>(v0 + v, tile_bytes));
+        ahead.template prefetch<V>(v0 + v);
+      }
+      for (int r = 0; r < R; ++r) {
+        const typename W::X* xs = x + r * x_stride + s * W::kGroup;
+        for (int v = 0; v < N; ++v) sum[r][v0 + v] = W::add(sum[r][v0 + v], weight[v], xs);
+      }
     }
     w += TILE * 64;
     ahead.move(TILE);

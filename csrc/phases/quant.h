@@ -168,7 +168,7 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
                           int64_t row, int64_t first_group, int64_t groups, A ahead) {
   using C = Codes<V>;
   const int64_t steps = phase.scale_group / C::kStep, codes_bytes = steps * TILE * 64;
-  constexpr int N = VS / A::kTiles;           // vectors of one tile
+  constexpr int N = at_once_of<A>(VS);
   constexpr bool in_registers = R * VS <= 8;  // the sums over groups, beside those within one
   typename V::F total[R][VS];
   for (int r = 0; r < R; ++r) {
@@ -194,7 +194,7 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
     }
     const char* codes = block.codes;
     for (int64_t s = 0; s < steps; ++s, codes += TILE * 64, ahead.move(TILE)) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
       for (int v0 = 0; v0 < VS; v0 += N) {
         typename V::Raw weight[N];
         for (int v = 0; v < N; ++v) {

@@ -11,7 +11,7 @@ from .native import load_native
 
 # Ways to read, of which another is the fastest on another CPU: streams of a thread, and bytes that a line is asked for
 # early, into the second level of caches and into the first; 0: not at all.
-READINGS = ((1, 0, 0), (1, 0, 4096), (1, 4096, 2048), (2, 3072, 1024))
+READINGS = ((1, 0, 0), (1, 0, 4096), (1, 4096, 2048), (2, 3072, 1536))
 
 
 def probe_bytes() -> int:
