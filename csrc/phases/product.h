@@ -119,7 +119,7 @@ struct AheadOfTwo {
     const char* line = at + place<TILE>(i, tile_bytes);
     V::prefetch_far(line + far);
     V::prefetch(line + near);
-    asm volatile("" ::: "memory");  // keeps the order: line after line is read, not several at once and then none
+    keep_order();  // line after line is read, not several at once and then none
   }
   void move(int64_t lines) {
     at += lines * 64;

@@ -8,6 +8,9 @@ namespace flashformer {
 // For spin loops: the other hardware thread gets its turn, and less power is drawn.
 inline void pause() { __builtin_ia32_pause(); }
 
+// The compiler moves no load, store or prefetch past this.
+inline void keep_order() { asm volatile("" ::: "memory"); }
+
 // Floating-point control of this thread; what it was comes back at the end of the scope.
 class FloatControl {
  public:
