@@ -128,18 +128,18 @@ struct AheadOfTwo {
   }
 };
 
-// How many of `vectors` meet rows together: of two tiles one, line after line, in the order of what is asked for.
-template <class A>
-constexpr int at_once_of(int vectors) {
-  return A::kTiles == 1 ? vectors : 1;
-}
-
 struct NothingAhead {
   static constexpr int kTiles = 1;
   template <class V>
   void prefetch(int64_t) const {}
   void move(int64_t) {}
 };
+
+// How many of `vectors` meet rows together: of two tiles one, line after line, in the order of what is asked for.
+template <class A>
+constexpr int at_once_of(int vectors) {
+  return A::kTiles == 1 ? vectors : 1;
+}
 
 // VS vectors of R rows over `steps` steps of TILE vectors. w: first vector of the first step.
 template <class V, class W, int TILE, int VS, int R, class A>
@@ -178,6 +178,7 @@ struct Plain : P {
   using X = typename P::X;
   static constexpr bool kMatrix = false;
   static constexpr int64_t kBlock = kBlockBytes;
+
   static Input<X> take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return rows; }
 
   template <int TILE, int R, class A>

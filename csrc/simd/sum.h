@@ -23,7 +23,8 @@ inline uint64_t sum_asking(const char* begin, int64_t n_bytes, const Reading& ho
         sum[line] += words;
         if (FAR) V::prefetch_far(at + far);
         if (NEAR) V::prefetch(at + near);
-        asm volatile("" : "+r"(at));  // keeps the order: g++ loads first, which reads at 0.85 of this
+        // Keeps the order: g++ loads first, which reads at 0.85 of this. By keep_order() it is 0.77 to 0.99.
+        asm volatile("" : "+r"(at));
       }
     }
   }
