@@ -259,8 +259,13 @@ inline void prefetch_result(const float* row, int64_t stride, int64_t n, int64_t
   }
 }
 
-// The tiles of a phase, those of this worker's span first. finish(first output, sums (n_rows, kPad)) is called after
-// each.
+// Tiles of one row whose sums wait for each other, to be finished together: the stream of weights has driven results
+// from the caches, and every time that one is fetched disturbs the stream.
+constexpr int kTogether = 16;
+static_assert(kTogether * kPad <= kScoreRows * kKeyChunk);  // they run on into scores, which no product needs
+
+// The tiles of a phase, those of this worker's span first. finish(first output, sums (n_rows, kPad)) is called for each,
+// at once or later.
 template <class V, class W, class Finish>
 inline void product(Worker& worker, const Phase& phase, const Span& span, const Input<typename W::X>& rows,
                     int64_t n_rows, Finish finish) {
@@ -271,15 +276,23 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
   const bool twice = worker.forward->software_prefetch;
   const auto n_tiles = [&](int64_t w) { return worker.span_of(w).end - worker.span_of(w).begin; };
   const bool pairs = twice && n_rows == 1 && W::kAtOnce.pairs_of(phase.vectors);
+  const int most = pairs ? 2 : 1, together = pairs ? kTogether : 1;
   const int64_t outputs = phase.vectors * kLanes;
-  worker.each_unit(n_tiles, pairs ? 2 : 1, [&](int64_t owner, int64_t i, int64_t n) {
+  int64_t summed[kTogether];  // first outputs of tiles that are to be finished
+  int n_summed = 0;
+  const auto finish_all = [&] {
+    for (int t = 0; t < n_summed; ++t) finish(summed[t], sums + t * outputs);
+    n_summed = 0;
+  };
+  worker.each_unit(n_tiles, most, [&](int64_t owner, int64_t i, int64_t n) {
     const int64_t unit = worker.span_of(owner).begin + i;
     const char* tile = tiles + unit * phase.tile_bytes;
     const char* next = unit + 1 < worker.span_of(owner).end ? tile + phase.tile_bytes : worker.tape_ahead();
     for (int64_t u = 0; u < n; ++u) worker.begin_unit(unit + u);
+    float* unit_sums = sums + n_summed * outputs;
     const auto multiply = [&]<int TILE>() {
-      if (n == 2) return product_two_tiles<V, W, TILE>(phase, sums, tile, in);
-      product_tile<V, W, TILE>(phase, sums, tile, in, n_rows, next, twice);
+      if (n == 2) return product_two_tiles<V, W, TILE>(phase, unit_sums, tile, in);
+      product_tile<V, W, TILE>(phase, unit_sums, tile, in, n_rows, next, twice);
     };
     switch (phase.vectors) {
       case 1:
@@ -291,8 +304,10 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
       default:
         multiply.template operator()<4>();
     }
-    for (int64_t u = 0; u < n; ++u) finish((unit + u) * outputs, sums + u * outputs);
+    for (int64_t u = 0; u < n; ++u) summed[n_summed++] = (unit + u) * outputs;
+    if (n_summed + most > together) finish_all();
   });
+  finish_all();
 }
 
 }  // namespace flashformer
