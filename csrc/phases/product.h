@@ -264,8 +264,8 @@ inline void prefetch_result(const float* row, int64_t stride, int64_t n, int64_t
 constexpr int kTogether = 16;
 static_assert(kTogether * kPad <= kScoreRows * kKeyChunk);  // they run on into scores, which no product needs
 
-// The tiles of a phase, those of this worker's span first. finish(first output, sums (n_rows, kPad)) is called for each,
-// at once or later.
+// The tiles of a phase, those of this worker's span first. finish(first output, sums (n_rows, kPad)) is called for
+// each, at once or later.
 template <class V, class W, class Finish>
 inline void product(Worker& worker, const Phase& phase, const Span& span, const Input<typename W::X>& rows,
                     int64_t n_rows, Finish finish) {

@@ -30,6 +30,7 @@ struct KvBf16Matrix {
   static constexpr int kStep = 2, kFew = 4, kQueries = V::kMatrixRows;
   static constexpr int64_t kTogether = V::kMatrixBytes / 2;  // weights in a row of the unit's operand
   static constexpr int64_t kPair = 2 * kLanes;               // elements of the cache in a vector
+  static constexpr int64_t kNearBytes = 1024;
   static_assert(kTogether == kValuesTogether && kKeyChunk % kTogether == 0);
   static void put(T* p, float x) { *p = to_bf16(x); }
   // Of values, whose sums for few queries registers hold.
@@ -66,6 +67,12 @@ struct KvBf16Matrix {
     Keys all;
     int64_t at_once;
 
+    // For few queries, of what is read: a line that follows soon, and the one at this place of the chunk's other half,
+    // which is values while keys are read and keys of the next chunk while values are.
+    void prefetch(const T* at) const {
+      V::prefetch_far(reinterpret_cast<const char*>(at + (values - keys)));
+      V::prefetch(reinterpret_cast<const char*>(at) + kNearBytes);
+    }
     float* scores(int p) const { return worker.scores() + p * kKeyChunk; }
     float* result(int p) const { return worker.forward->partial_values(query[p].partial); }
     int64_t head_bytes() const { return worker.forward->model.partial_stride * static_cast<int64_t>(sizeof(float)); }
@@ -158,7 +165,7 @@ struct KvBf16Matrix {
         for (int p = 0; p < P; ++p) even[p] = odd[p] = V::zero();
         for (int64_t i = d; i < d + b.at_once; i += 2, keys += kPair) {
           const typename V::Raw two = V::load_once(reinterpret_cast<const char*>(keys));
-          V::prefetch(ahead_of(keys));
+          b.prefetch(keys);
           for (int p = 0; p < P; ++p) {
             even[p] = V::fma(V::even_bf16(two), V::set1(b.query[p].q[i]), even[p]);
             odd[p] = V::fma(V::odd_bf16(two), V::set1(b.query[p].q[i + 1]), odd[p]);
@@ -194,7 +201,7 @@ struct KvBf16Matrix {
     for (int64_t i = k; i < k + kTogether; i += 2, values += stride) {
       for (int v = 0; v < D; ++v) {
         const typename V::Raw two = V::load_once(reinterpret_cast<const char*>(values + v * kPair));
-        V::prefetch(ahead_of(values + v * kPair));
+        b.prefetch(values + v * kPair);
         for (int p = 0; p < P; ++p) {
           even[p][v] = V::fma(V::even_bf16(two), V::set1(b.scores(p)[i]), even[p][v]);
           odd[p][v] = V::fma(V::odd_bf16(two), V::set1(b.scores(p)[i + 1]), odd[p][v]);
