@@ -206,9 +206,10 @@ inline void rows_at_once(const Phase& phase, int64_t rows, float* sums, const ch
   }
 }
 
-// Two tiles for one row; sums of the second behind those of the first.
+// Two tiles for one row; sums of the second behind those of the first. Called: within a larger function g++ may keep
+// these sums in the stack.
 template <class V, class W, int TILE, class In>
-void product_two_tiles(const Phase& phase, float* sums, const char* w, const In& in) {
+[[gnu::noinline]] void product_two_tiles(const Phase& phase, float* sums, const char* w, const In& in) {
   if constexpr (W::kAtOnce.pairs_of(TILE)) {
     for (int v = 0; v < 2 * TILE; ++v) V::store(sums + v * kLanes, V::zero());
     W::template rows<TILE, 1>(phase, sums, w, in, 0, 0, phase.tile_bytes / phase.group_bytes,
@@ -261,8 +262,8 @@ inline void prefetch_result(const float* row, int64_t stride, int64_t n, int64_t
 
 // Tiles of one row whose sums wait for each other, to be finished together: the stream of weights has driven results
 // from the caches, and every time that one is fetched disturbs the stream.
-constexpr int kTogether = 16;
-static_assert(kTogether * kPad <= kScoreRows * kKeyChunk);  // they run on into scores, which no product needs
+constexpr int kTilesTogether = 16;
+static_assert(kTilesTogether * kPad <= kScoreRows * kKeyChunk);  // they run on into scores, which no product needs
 
 // The tiles of a phase, those of this worker's span first. finish(first output, sums (n_rows, kPad)) is called for
 // each, at once or later.
@@ -276,9 +277,9 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
   const bool twice = worker.forward->software_prefetch;
   const auto n_tiles = [&](int64_t w) { return worker.span_of(w).end - worker.span_of(w).begin; };
   const bool pairs = twice && n_rows == 1 && W::kAtOnce.pairs_of(phase.vectors);
-  const int most = pairs ? 2 : 1, together = pairs ? kTogether : 1;
+  const int most = pairs ? 2 : 1, together = pairs ? kTilesTogether : 1;
   const int64_t outputs = phase.vectors * kLanes;
-  int64_t summed[kTogether];  // first outputs of tiles that are to be finished
+  int64_t summed[kTilesTogether];  // first outputs of tiles that are to be finished
   int n_summed = 0;
   const auto finish_all = [&] {
     for (int t = 0; t < n_summed; ++t) finish(summed[t], sums + t * outputs);
