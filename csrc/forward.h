@@ -125,7 +125,7 @@ struct Worker {
   T* input() const {
     return reinterpret_cast<T*>(scratch());
   }
-  // Sums of one tile, (rows, 64).
+  // Sums of one tile, (rows, 64), or of several tiles of one row, which run on into scores.
   float* sums() const {
     return reinterpret_cast<float*>(scratch()) + forward->model.rows * forward->model.input_stride;
   }

@@ -5,7 +5,7 @@
 // 16 keys at a time (a lane owns a key), values key after key (a lane owns an element), or by a matrix unit in blocks
 // of 32 keys from +0 on (queries_matrix.h), so no sum depends on which rows or workers are about. A worker takes its
 // chunks of one head after the other, as they lie in the cache, keys, values, keys, values: one stream where it has all
-// chunks of a head, prefetched kAheadBytes early, and further while exponentials are computed.
+// chunks of a head, prefetched early, and further while exponentials are computed.
 #pragma once
 
 #include <numeric>

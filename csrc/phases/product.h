@@ -263,7 +263,7 @@ inline void prefetch_result(const float* row, int64_t stride, int64_t n, int64_t
 // Tiles of one row whose sums wait for each other, to be finished together: the stream of weights has driven results
 // from the caches, and every time that one is fetched disturbs the stream.
 constexpr int kTilesTogether = 16;
-static_assert(kTilesTogether * kPad <= kScoreRows * kKeyChunk);  // they run on into scores, which no product needs
+static_assert(kTilesTogether * kPad <= kScoreRows * kKeyChunk);  // sums run on into scores, which no product needs
 
 // The tiles of a phase, those of this worker's span first. finish(first output, sums (n_rows, kPad)) is called for
 // each, at once or later.
