@@ -26,8 +26,21 @@ inline Unit unit_at(const Forward& forward, const Phase& phase, int64_t unit) {
   return {forward.groups[unit / heads % forward.n_groups], unit % heads, unit / (forward.n_groups * heads) * kKeyChunk};
 }
 
+// Whether few queries see all of this chunk and of the next one, in which no row of this forward lies.
+template <class KV>
+inline bool sees_two(const Phase& phase, const Unit& unit) {
+  if constexpr (KV::kChunks == 2) {
+    const int64_t rows = unit.group.row_end - unit.group.row_begin, first = unit.group.first_pos;
+    return rows * (phase.n_heads / phase.n_kv_heads) <= KV::kFew && first >= unit.first_key + 2 * kKeyChunk &&
+           first_visible(phase, first + rows - 1) <= unit.first_key;
+  }
+  return false;
+}
+
+// One chunk, or two that sees_two is true of. Called: within a larger function g++ keeps what loops count in the stack.
 template <class V, class KV>
-inline void attend_unit(Worker& worker, const Phase& phase, const Unit& unit, typename KV::Registers& registers) {
+[[gnu::noinline]] void attend_unit(Worker& worker, const Phase& phase, const Unit& unit, bool two,
+                                   typename KV::Registers& registers) {
   const Forward& forward = *worker.forward;
   const auto& [group, kv_head, first_key] = unit;
   const auto [keys, values] = chunk_of<typename KV::T>(forward, phase, group.slot, kv_head, first_key);
@@ -56,6 +69,12 @@ inline void attend_unit(Worker& worker, const Phase& phase, const Unit& unit, ty
       }
     }
   }
+  if constexpr (KV::kChunks == 2) {
+    if (two) {
+      for (int p = 0; p < n; ++p) batch[n + p] = batch[p], ++batch[n + p].partial;
+      return KV::attend_two(worker, phase, n, batch, keys, values);
+    }
+  }
   if (n > 0) attend_batch<V, KV>(worker, phase, registers, n, batch, keys, values);
 }
 
@@ -74,18 +93,28 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
   const int64_t streams = groups * heads;             // of chunks, which lie one behind the other
   const int64_t turn = std::lcm(streams, span.step);  // so far apart are a worker's units of a stream; begin < step
   const int64_t begin = first_chunk * streams, end = chunks * streams;
-  const int64_t first_turn = begin / turn, turns = (end + turn - 1) / turn - first_turn;
+  const int64_t first_turn = begin / turn;
+  const int64_t turns = (((end + turn - 1) / turn - first_turn) + KV::kChunks - 1) / KV::kChunks * KV::kChunks;
   const auto n_units = [&](int64_t w) { return worker.span_of(w).begin < end ? turn / span.step * turns : 0; };
   typename KV::Registers registers;
   bool any = false;
-  worker.each_unit(n_units, 1, [&](int64_t owner, int64_t i, int64_t) {
+  worker.each_unit(n_units, KV::kChunks, [&](int64_t owner, int64_t i, int64_t n) {
     const Span& dealt = worker.span_of(owner);
-    const int64_t unit = dealt.begin + i / turns * span.step + (first_turn + i % turns) * turn;
-    if (unit < begin || unit >= end || unit >= dealt.end) return;
-    if (!any) qk_factors<V>(worker, phase);
-    any = true;
-    worker.begin_unit(unit);
-    attend_unit<V, KV>(worker, phase, unit_at(forward, phase, unit), registers);
+    const auto unit_of = [&](int64_t j) {  // -1: none
+      const int64_t unit = dealt.begin + j / turns * span.step + (first_turn + j % turns) * turn;
+      return unit < begin || unit >= end || unit >= dealt.end ? -1 : unit;
+    };
+    for (int64_t j = i; j < i + n; ++j) {
+      const int64_t unit = unit_of(j);
+      if (unit < 0) continue;
+      if (!any) qk_factors<V>(worker, phase);
+      any = true;
+      worker.begin_unit(unit);
+      const Unit first = unit_at(forward, phase, unit);
+      const bool two = j + 1 < i + n && unit_of(j + 1) == unit + streams && sees_two<KV>(phase, first);
+      if (two) worker.begin_unit(unit_of(++j));
+      attend_unit<V, KV>(worker, phase, first, two, registers);
+    }
   });
 }
 

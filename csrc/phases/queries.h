@@ -11,7 +11,6 @@
 namespace flashformer {
 
 constexpr int64_t kAheadBytes = 4096;
-constexpr int64_t kThinkingBytes = 12288;  // of the values of a whole chunk: prefetched while no memory is read
 
 template <class T>
 inline const char* ahead_of(const T* p) {
@@ -98,15 +97,15 @@ inline void exponentiate(const Phase& phase, const Query& query, Keys keys, floa
   max_and_sum[1] = sum_lanes<V>(total) + sum_lanes<V>(poison);
 }
 
-// The same of n queries, and values prefetched meanwhile.
+// The same of n queries, scores (n, kKeyChunk), and values prefetched meanwhile.
 template <class V, class KV, class T>
 inline void exponentiate_all(const Worker& worker, const Phase& phase, const Query* query, int n, Keys keys,
-                             const T* values) {
+                             float* scores, const T* values) {
   const char* meanwhile = reinterpret_cast<const char*>(values + keys.begin * phase.head_dim_padded);
-  const int64_t share = (kThinkingBytes / (kKeyChunk / kLanes) / n + 63) / 64 * 64;  // for 16 keys of a query
+  const int64_t share = (KV::kThinkingBytes / (kKeyChunk / kLanes) / n + 63) / 64 * 64;  // for 16 keys of a query
   for (int p = 0; p < n; ++p, meanwhile += (keys.end - keys.begin) / kLanes * share) {
-    exponentiate<V, KV>(phase, query[p], keys, worker.scores() + p * kKeyChunk,
-                        worker.forward->partial_sums(query[p].partial), meanwhile, share);
+    exponentiate<V, KV>(phase, query[p], keys, scores + p * kKeyChunk, worker.forward->partial_sums(query[p].partial),
+                        meanwhile, share);
   }
 }
 
@@ -183,7 +182,7 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
       score_block<V, KV, P - p>(query + p, block, phase.head_dim, scores + p * kKeyChunk + k);
     }
   }
-  exponentiate_all<V, KV>(worker, phase, query, P, all, values);
+  exponentiate_all<V, KV>(worker, phase, query, P, all, scores, values);
   const int64_t stride = phase.head_dim_padded;
   constexpr int D = V::kValuesAtOnce;
   int64_t at = 0;

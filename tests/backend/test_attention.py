@@ -62,6 +62,33 @@ def test_one_query_as_among_others(
     assert len({bits for (_, _, chunk), bits in found.items() if chunk < 0}) == 1
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 64), (4, 4, 16), (3, 1, 30), (8, 2, 80)], ids=str)
+@pytest.mark.parametrize("window", [None, 300, 700])
+@pytest.mark.parametrize("isa", ISAS)
+def test_one_query_as_among_others_over_many_positions(
+    shape: tuple[int, int, int], window: int | None, isa: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last row alone, beside 3 and 12 others, and beside that of another stream, as few queries may meet two
+    chunks of 256 positions at once."""
+    if isa is not None:
+        monkeypatch.setenv("FLASHFORMER_ISA", isa)
+    model = Shape(*shape, 60, 40, 101, layers=1).make(
+        seed=4, architecture="MistralForCausalLM", sliding_window=window, max_position_embeddings=2048
+    )
+    ids = random_ids(8, 1089, 101)
+    with cpu_kernel(model, weights=BF16, kv=BF16, streams=2, ctx=1104) as kernel:
+        for n in (513, 577, 769, 833, 1025, 1089):
+            found = [prefill(kernel, ids[:n], chunk=chunk).tobytes() for chunk in (64, 50, 63)]
+            found.append(prefill(kernel, ids[: n - 1] + ids[-1:], chunk=64, slot=1).tobytes())
+            assert n % 64 == 1
+            assert len(set(found[:3])) == 1
+            assert n == 1089 or found[3] != found[0]
+            put(kernel, 0, ids[n - 1 : n], pos=n - 1, slot=0, want=Want.LOGITS)
+            put(kernel, 1, ids[-1:], pos=n - 1, slot=1, want=Want.LOGITS)
+            kernel.forward(2)
+            assert [kernel.logits[r].tobytes() for r in range(2)] == [found[0], found[3]]
+
+
 def test_many_chunks_are_merged() -> None:
     """More than one vector of them, beside the reference."""
     spec = random_spec(3)
