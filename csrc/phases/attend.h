@@ -26,15 +26,32 @@ inline Unit unit_at(const Forward& forward, const Phase& phase, int64_t unit) {
   return {forward.groups[unit / heads % forward.n_groups], unit % heads, unit / (forward.n_groups * heads) * kKeyChunk};
 }
 
+// The lines of the cache into which the first row of a group goes, if this chunk is its own.
+template <class V, class KV>
+inline void ask_for_place(const Forward& forward, const Phase& phase, const Unit& unit) {
+  const int64_t k = unit.group.first_pos - unit.first_key;
+  if (k < 0 || k >= kKeyChunk) return;
+  const auto ask = [](const typename KV::T* at, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(*at))) {
+      V::prefetch_to_write(reinterpret_cast<const char*>(at + i));
+    }
+  };
+  const auto [keys, values] = chunk_of<typename KV::T>(forward, phase, unit.group.slot, unit.kv_head, unit.first_key);
+  ask(keys + k / kLanes * kLanes * phase.head_dim, kLanes * phase.head_dim);
+  ask(values + k / KV::kStep * KV::kStep * phase.head_dim_padded, KV::kStep * phase.head_dim_padded);
+}
+
+template <class KV>
+inline bool has_few(const Phase& phase, const Group& group) {
+  return (group.row_end - group.row_begin) * (phase.n_heads / phase.n_kv_heads) <= KV::kFew;
+}
+
 // Whether few queries see all of this chunk and of the next one, in which no row of this forward lies.
 template <class KV>
 inline bool sees_two(const Phase& phase, const Unit& unit) {
-  if constexpr (KV::kChunks == 2) {
-    const int64_t rows = unit.group.row_end - unit.group.row_begin, first = unit.group.first_pos;
-    return rows * (phase.n_heads / phase.n_kv_heads) <= KV::kFew && first >= unit.first_key + 2 * kKeyChunk &&
-           first_visible(phase, first + rows - 1) <= unit.first_key;
-  }
-  return false;
+  const int64_t rows = unit.group.row_end - unit.group.row_begin, first = unit.group.first_pos;
+  return has_few<KV>(phase, unit.group) && first >= unit.first_key + 2 * kKeyChunk &&
+         first_visible(phase, first + rows - 1) <= unit.first_key;
 }
 
 // One chunk, or two that sees_two is true of. Called: within a larger function g++ keeps what loops count in the stack.
@@ -50,7 +67,7 @@ template <class V, class KV>
     if (k >= 0 && k < kKeyChunk) append<V, KV>(worker, phase, r, kv_head, keys, values, k);
   }
   const int64_t written = group.first_pos + (group.row_end - group.row_begin) - first_key;
-  if (written > 0 && written < kKeyChunk) clear_values<KV>(phase, values, written);
+  if (written > 0 && written < kKeyChunk && !has_few<KV>(phase, group)) clear_values<KV>(phase, values, written);
   static_assert(KV::kQueries <= kScoreRows);
   Query batch[KV::kQueries];
   int n = 0;
@@ -69,7 +86,7 @@ template <class V, class KV>
       }
     }
   }
-  if constexpr (KV::kChunks == 2) {
+  if constexpr (KV::kFew > 0) {
     if (two) {
       for (int p = 0; p < n; ++p) batch[n + p] = batch[p], ++batch[n + p].partial;
       return KV::attend_two(worker, phase, n, batch, keys, values);
@@ -93,26 +110,31 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
   const int64_t streams = groups * heads;             // of chunks, which lie one behind the other
   const int64_t turn = std::lcm(streams, span.step);  // so far apart are a worker's units of a stream; begin < step
   const int64_t begin = first_chunk * streams, end = chunks * streams;
+  constexpr int64_t most = KV::kFew > 0 ? 2 : 1;
   const int64_t first_turn = begin / turn;
-  const int64_t turns = (((end + turn - 1) / turn - first_turn) + KV::kChunks - 1) / KV::kChunks * KV::kChunks;
+  const int64_t turns = ((end + turn - 1) / turn - first_turn + most - 1) / most * most;
   const auto n_units = [&](int64_t w) { return worker.span_of(w).begin < end ? turn / span.step * turns : 0; };
+  const auto unit_of = [&](const Span& dealt, int64_t i) {  // -1: none
+    const int64_t unit = dealt.begin + i / turns * span.step + (first_turn + i % turns) * turn;
+    return unit < begin || unit >= end || unit >= dealt.end ? -1 : unit;
+  };
+  for (int64_t i = 0; i < n_units(worker.index); ++i) {
+    if (const int64_t unit = unit_of(span, i); unit >= 0)
+      ask_for_place<V, KV>(forward, phase, unit_at(forward, phase, unit));
+  }
   typename KV::Registers registers;
   bool any = false;
-  worker.each_unit(n_units, KV::kChunks, [&](int64_t owner, int64_t i, int64_t n) {
+  worker.each_unit(n_units, most, [&](int64_t owner, int64_t i, int64_t n) {
     const Span& dealt = worker.span_of(owner);
-    const auto unit_of = [&](int64_t j) {  // -1: none
-      const int64_t unit = dealt.begin + j / turns * span.step + (first_turn + j % turns) * turn;
-      return unit < begin || unit >= end || unit >= dealt.end ? -1 : unit;
-    };
     for (int64_t j = i; j < i + n; ++j) {
-      const int64_t unit = unit_of(j);
+      const int64_t unit = unit_of(dealt, j);
       if (unit < 0) continue;
       if (!any) qk_factors<V>(worker, phase);
       any = true;
       worker.begin_unit(unit);
       const Unit first = unit_at(forward, phase, unit);
-      const bool two = j + 1 < i + n && unit_of(j + 1) == unit + streams && sees_two<KV>(phase, first);
-      if (two) worker.begin_unit(unit_of(++j));
+      const bool two = j + 1 < i + n && unit_of(dealt, j + 1) == unit + streams && sees_two<KV>(phase, first);
+      if (two) worker.begin_unit(unit_of(dealt, ++j));
       attend_unit<V, KV>(worker, phase, first, two, registers);
     }
   });

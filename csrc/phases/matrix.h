@@ -93,6 +93,7 @@ struct MatrixBf16 {
     typename V::F sum[VS];
     for (int v = 0; v < VS; ++v) sum[v] = V::load(sums + v * kLanes);
     for (; steps > 0; steps -= kSteps, w += kSteps * TILE * 64, x += kSteps * 2) {
+      if constexpr (A::kTiles == 2) prefetch_input<V>(x);
       typename V::F even[VS], odd[VS];
       for (int v = 0; v < VS; ++v) even[v] = odd[v] = V::zero();
       const int64_t n = steps < kSteps ? steps : kSteps;

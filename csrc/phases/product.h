@@ -128,6 +128,12 @@ struct AheadOfTwo {
   }
 };
 
+// Of what meets two tiles: their weights drive it out of the first level of caches until the next two.
+template <class V, int64_t BYTES = 1024>
+inline void prefetch_input(const void* x) {
+  V::prefetch(static_cast<const char*>(x) + BYTES);
+}
+
 struct NothingAhead {
   static constexpr int kTiles = 1;
   template <class V>

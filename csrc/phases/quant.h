@@ -184,6 +184,11 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
     for (int r = 0; r < R; ++r) {
       const int64_t at = (row + r) * in.group_stride + first_group + g;
       x[r] = in.x + (row + r) * in.stride + (first_group + g) * phase.scale_group;
+      if constexpr (A::kTiles == 2) {
+        prefetch_input<V>(x[r]);
+        prefetch_input<V, 128>(in.scales + at);
+        prefetch_input<V, 128>(in.sums + at);
+      }
       for (int v = 0; v < VS; ++v) {
         if (block.zeros) {
           acc[r][v] = V::mul_i(V::load_u8(block.zeros + place<TILE, 16>(v, phase.tile_bytes)), V::set1_i(-in.sums[at]));

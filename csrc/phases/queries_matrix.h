@@ -28,7 +28,7 @@ struct KvBf16Matrix {
   using F = typename V::F;
   using Registers = Shape<V>;
   static constexpr bool kMatrix = true;
-  static constexpr int kStep = 2, kFew = 4, kQueries = V::kMatrixRows, kChunks = 2;
+  static constexpr int kStep = 2, kFew = 4, kQueries = V::kMatrixRows;
   static constexpr int64_t kTogether = V::kMatrixBytes / 2;  // weights in a row of the unit's operand
   static constexpr int64_t kPair = 2 * kLanes;               // elements of the cache in a vector
   static constexpr int64_t kFar = 4096, kNear = 1536;        // bytes
@@ -41,7 +41,8 @@ struct KvBf16Matrix {
   static void attend_batch(Worker& worker, const Phase& phase, Registers& registers, int n, const Query* query,
                            const T* keys, const T* values) {
     const Keys all = seen_by_any(query, n, kTogether);
-    const Batch batch = {worker, phase, query, keys, values, all, elements_at_once(phase.head_dim), 0};
+    const int64_t end = seen_by_any(query, n, kStep).end;
+    const Batch batch = {worker, phase, query, keys, values, all, end, elements_at_once(phase.head_dim), 0};
     batch.ask_for_results(n);
     if (n > kFew) return many(batch, registers, n);
     dispatch<1>(batch, n);
@@ -51,7 +52,8 @@ struct KvBf16Matrix {
   static void attend_two(const Worker& worker, const Phase& phase, int n, const Query* query, const T* keys,
                          const T* values) {
     const int64_t chunk = kKeyChunk * (phase.head_dim + phase.head_dim_padded);
-    const Batch batch = {worker, phase, query, keys, values, {0, kKeyChunk}, elements_at_once(phase.head_dim), chunk};
+    const Batch batch = {
+        worker, phase, query, keys, values, {0, kKeyChunk}, kKeyChunk, elements_at_once(phase.head_dim), chunk};
     batch.ask_for_results(2 * n);
     dispatch<2>(batch, n);
   }
@@ -72,6 +74,7 @@ struct KvBf16Matrix {
     const Query* query;
     const T *keys, *values;
     Keys all;
+    int64_t end;  // of what is seen, in steps
     int64_t at_once;
     int64_t chunk;  // elements from the first of two chunks to the second
 
@@ -229,7 +232,7 @@ struct KvBf16Matrix {
     for (int p = 0; p < P * CHUNKS; ++p) {
       for (int64_t d = 0; d < n_elements; d += kLanes) V::store(b.result(p) + d, V::zero());
     }
-    for (int64_t k = b.all.begin; k < b.all.end; k += kTogether) {
+    for (int64_t k = b.all.begin; k < b.end; k += kTogether) {
       int64_t d = 0;
       for (; d + D * kLanes <= n_elements; d += D * kLanes) few_weigh_block<P, CHUNKS, D>(b, k, d);
       for (; d < n_elements; d += kLanes) few_weigh_block<P, CHUNKS, 1>(b, k, d);
@@ -250,7 +253,8 @@ struct KvBf16Matrix {
         for (int v = 0; v < D; ++v) even[c][p][v] = odd[c][p][v] = V::zero();
       }
     }
-    for (int64_t i = k; i < k + kTogether; i += 2, values += stride, line += D * kPair) {
+    const int64_t end = std::min(k + kTogether, b.end);  // behind it weights are zero, and values may be anything
+    for (int64_t i = k; i < end; i += 2, values += stride, line += D * kPair) {
       for (int c = 0; c < CHUNKS; ++c) {
         for (int v = 0; v < D; ++v) {
           const int64_t at = c * b.chunk + v * kPair;
