@@ -5,7 +5,7 @@
 // 16 keys at a time (a lane owns a key), values key after key (a lane owns an element), or by a matrix unit in blocks
 // of 32 keys from +0 on (queries_matrix.h), so no sum depends on which rows or workers are about. A worker takes its
 // chunks of one head after the other, as they lie in the cache, keys, values, keys, values: one stream where it has all
-// chunks of a head, prefetched early, and further while exponentials are computed.
+// chunks of a head, prefetched early, and further while exponentials are computed; few queries take two chunks at once.
 #pragma once
 
 #include <numeric>
@@ -26,11 +26,10 @@ inline Unit unit_at(const Forward& forward, const Phase& phase, int64_t unit) {
   return {forward.groups[unit / heads % forward.n_groups], unit % heads, unit / (forward.n_groups * heads) * kKeyChunk};
 }
 
-// The lines of the cache into which the first row of a group goes, if this chunk is its own.
+// The lines of the cache into which the first row of a group goes, which lies in this chunk.
 template <class V, class KV>
 inline void ask_for_place(const Forward& forward, const Phase& phase, const Unit& unit) {
   const int64_t k = unit.group.first_pos - unit.first_key;
-  if (k < 0 || k >= kKeyChunk) return;
   const auto ask = [](const typename KV::T* at, int64_t n) {
     for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(*at))) {
       V::prefetch_to_write(reinterpret_cast<const char*>(at + i));
@@ -118,9 +117,10 @@ void attend(Worker& worker, const Phase& phase, const Span& span) {
     const int64_t unit = dealt.begin + i / turns * span.step + (first_turn + i % turns) * turn;
     return unit < begin || unit >= end || unit >= dealt.end ? -1 : unit;
   };
-  for (int64_t i = 0; i < n_units(worker.index); ++i) {
-    if (const int64_t unit = unit_of(span, i); unit >= 0)
-      ask_for_place<V, KV>(forward, phase, unit_at(forward, phase, unit));
+  for (int64_t stream = 0; stream < streams; ++stream) {  // of this worker's units, those that rows go into
+    const int64_t chunk = forward.groups[stream / heads].first_pos / kKeyChunk, unit = chunk * streams + stream;
+    if (unit % span.step != span.begin || unit >= span.end) continue;
+    ask_for_place<V, KV>(forward, phase, unit_at(forward, phase, unit));
   }
   typename KV::Registers registers;
   bool any = false;
