@@ -22,44 +22,57 @@ inline void improve(Candidate& best, const float* scores, int64_t first, int64_t
   }
 }
 
+// What a finished tile needs of a row that wants something, side by side: weights have driven all else from the caches
+// and from what translates addresses since the last one.
+struct HeadRow {
+  Candidate best;
+  int32_t row;
+  float temperature;
+  bool chosen_later;
+  float* logits;  // where they are stored, or null
+};
+
 template <class V, class W>
 void lm_head(Worker& worker, const Phase& phase, const Span& span) {
   using X = typename W::X;
   using F = typename V::F;
   Forward& forward = *worker.forward;
   const Model& model = forward.model;
-  const int64_t stride = model.input_stride;
+  const int64_t stride = model.input_stride, n_rows = forward.n_head_rows, vocab_size = model.vocab_size;
+  const int64_t outputs = phase.vectors * kLanes;
   X* input = worker.input<X>();
-  Candidate* best = forward.candidates(worker.index);
-  for (int64_t i = 0; i < forward.n_head_rows; ++i) {
-    normalise_row<V>(worker, phase, forward.head_row[i], input + i * stride, 2 * model.n_layers - 1);
-    best[i] = {-FLT_MAX, -1};
+  HeadRow rows[kMaxHeadRows];
+  for (int64_t i = 0; i < n_rows; ++i) {
+    const int32_t r = forward.head_row[i];
+    normalise_row<V>(worker, phase, r, input + i * stride, 2 * model.n_layers - 1);
+    const bool later = chooses_from_logits(forward.row, r), stores = later || forward.row.want[r] == kWantLogits;
+    float* logits = stores ? forward.logits() + i * model.logits_stride : nullptr;
+    rows[i] = {{-FLT_MAX, -1}, r, forward.row.temperature[r], later, logits};
   }
   const F scale = V::set1(static_cast<float>(phase.scale)), softcap = V::set1(static_cast<float>(phase.softcap));
+  const bool capped = phase.softcap > 0;
   F nonzero = V::zero();  // becomes NaN with the first logit that is not finite
-  product<V, W>(worker, phase, span, Input<X>{input, stride}, forward.n_head_rows, [&](int64_t first, float* sums) {
-    for (int64_t i = 0; i < forward.n_head_rows; ++i, sums += kPad) {
-      const int32_t r = forward.head_row[i];
-      const float temperature = forward.row.temperature[r];
-      const bool chosen_later = chooses_from_logits(forward.row, r);
-      for (int64_t o = 0; o < phase.vectors * kLanes; o += kLanes) {
+  product<V, W>(worker, phase, span, Input<X>{input, stride}, n_rows, [&](int64_t first, float* sums) {
+    for (int64_t i = 0; i < n_rows; ++i, sums += kPad) {
+      HeadRow& row = rows[i];
+      for (int64_t o = 0; o < outputs; o += kLanes) {
         F logit = V::mul(V::load(sums + o), scale);
         nonzero = V::fma(logit, V::zero(), nonzero);
-        if (phase.softcap > 0) logit = soft_capped<V>(logit, softcap);
+        if (capped) logit = soft_capped<V>(logit, softcap);
         V::store(sums + o, logit);
-        if (chosen_later || forward.row.want[r] == kWantLogits) {
-          V::store(forward.logits() + i * model.logits_stride + first + o, logit);
-        }
-        if (chosen_later) continue;
-        if (temperature > 0) {
+        if (row.logits) V::store(row.logits + first + o, logit);
+        if (row.chosen_later) continue;
+        if (row.temperature > 0) {
+          const RowArrays& wanted = forward.row;
           float noise[16];
-          gumbel16<V>(forward.row.seed[r], forward.row.choice[r], forward.row.pos[r], first + o, noise);
-          V::store(sums + o, V::add(V::div(logit, V::set1(temperature)), V::load(noise)));
+          gumbel16<V>(wanted.seed[row.row], wanted.choice[row.row], wanted.pos[row.row], first + o, noise);
+          V::store(sums + o, V::add(V::div(logit, V::set1(row.temperature)), V::load(noise)));
         }
-        improve<V>(best[i], sums + o, first + o, model.vocab_size);
+        improve<V>(row.best, sums + o, first + o, vocab_size);
       }
     }
   });
+  for (int64_t i = 0; i < n_rows; ++i) forward.candidates(worker.index)[i] = rows[i].best;
   const float bad = sum_lanes<V>(nonzero);
   if (!(bad == 0.0f)) forward.report_bad(2 * model.n_layers);
 }
