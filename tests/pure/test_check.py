@@ -211,6 +211,26 @@ def test_tiles_of_llamas_on_an_h100() -> None:
         assert max(totals) < 1.0012 * sum(totals) / len(totals)
 
 
+@pytest.mark.parametrize(
+    ("shape", "quant", "head"),
+    [  # bytes of a head tile of 4 vectors: 262144, 133120, 73728 114688, 58240, 73728
+        ("llama-3.2-1b", "none", 4),
+        ("llama-3.2-1b", "int8-g128", 2),
+        ("llama-3.2-1b", "int4-g32", 4),
+        ("qwen2.5-0.5b", "none", 2),
+        ("qwen2.5-0.5b", "int8-g128", 4),
+        ("smollm2-135m", "none", 4),
+    ],
+)
+def test_head_tiles_of_real_shapes(shape: str, quant: str, head: int) -> None:
+    """A head is narrower where that alone lets two tiles of it lie 56 to 96 KiB apart; layers never are."""
+    model, fmt = read_outline(f"shape:{shape}").spec, find_quant(quant)
+    built = build(model, Target(2, BF16, BF16, 16, 1, 512, False, fmt, fmt))
+    vectors = {phase.op: phase.matrix.vectors for phase in built.phases if phase.matrix}
+    assert vectors[Op.LM_HEAD] == head
+    assert vectors[Op.GATE_UP] == 4
+
+
 def test_scale() -> None:
     """32 layers on 132 workers: 163 phases, 21,516 tasks, 230 million pairs. Few runs of the counter prove them."""
     model = spec(n_layers=32, d_model=4096, n_heads=32, n_kv_heads=8, head_dim=128, d_ff=14336, vocab_size=128256)

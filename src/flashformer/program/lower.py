@@ -8,7 +8,7 @@ from ..formats import Format
 from ..model.spec import LayerSpec, ModelSpec, QkNorm
 from .ir import MAX_HEAD_ROWS, Fold, Layout, Op, Order, PackedMatrix, Phase, Space, Target, Vector
 from .ops import EMBED_BLOCK, attend_units, qkv_width
-from .split import tile_count, tile_vectors
+from .split import head_vectors, tile_count, tile_vectors
 
 VECTOR_PAD = 64  # floats; every row of activations is padded to this too
 
@@ -35,10 +35,12 @@ class _Placer:
         self.end = 0
 
     def matrix(
-        self, roles: tuple[str, ...], n_out: int, k: int, fmt: Format, order: Order = Order.PLAIN
+        self, roles: tuple[str, ...], n_out: int, k: int, fmt: Format, order: Order = Order.PLAIN, *, head: bool = False
     ) -> PackedMatrix:
         alternate, lanes = order is Order.ALTERNATE, self.layout is Layout.LANES
-        vectors = tile_vectors(n_out, even=alternate) if lanes else 1
+        vectors = 1
+        if lanes:
+            vectors = head_vectors(n_out, k, fmt) if head else tile_vectors(n_out, even=alternate)
         placed = PackedMatrix(roles, n_out, k, fmt, vectors, 0, self.end, order, self.layout)
         if alternate:  # both halves padded to whole runs
             n_out = 2 * -(-n_out // 2 // placed.alternate) * placed.alternate
@@ -55,7 +57,8 @@ class _Placer:
 def lower(spec: ModelSpec, target: Target) -> Lowered:
     place = _Placer(target.layout)
     matrices = [_layer_matrices(place, spec, i, layer, target.body_format) for i, layer in enumerate(spec.layers)]
-    head = place.matrix(("embed",) if spec.tied else ("lm_head",), spec.vocab_size, spec.d_model, target.head_format)
+    roles = ("embed",) if spec.tied else ("lm_head",)
+    head = place.matrix(roles, spec.vocab_size, spec.d_model, target.head_format, head=True)
     packed_bytes = place.end
     embed_offset = -1
     if not spec.tied:

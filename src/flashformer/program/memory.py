@@ -89,7 +89,7 @@ def plan_memory(spec: ModelSpec, target: Target, weights_bytes: int) -> Memory:
     layers, rows, chunks = spec.layers, target.rows, n_chunks(target.ctx)
     heads = max(la.n_heads for la in layers)
     head_dim = max(head_dim_padded(la, target.layout) for la in layers)
-    head_vectors = tile_vectors(spec.vocab_size)  # tiles of fragments are smaller
+    head_vectors = tile_vectors(spec.vocab_size)  # or less; tiles of fragments are smaller too
     vocab = -(-spec.vocab_size // (head_vectors * LANES)) * head_vectors * LANES
     shapes: list[tuple[Space, tuple[int, ...], int]] = [
         (Space.RESIDUAL, (rows, padded(spec.d_model)), 4),

@@ -17,7 +17,7 @@ from ..quantize import quantize
 from . import fragments
 from .ir import LANES, Layout, Order, PackedMatrix
 
-PACK_VERSION = 1  # of the layout below; a packed file of another one is packed anew
+PACK_VERSION = 2  # of the layout below; a packed file of another one is packed anew
 
 
 def row_map(matrix: PackedMatrix) -> NDArray[np.int32]:

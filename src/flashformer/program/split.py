@@ -5,16 +5,31 @@ from __future__ import annotations
 import heapq
 from itertools import pairwise
 
+from ..formats import Format
 from .ir import LANES, Span
 
 # (least outputs, vectors per tile): wide tiles keep more sums in flight, narrow ones split small matrices evenly.
 _TILE_WIDTHS = ((1024, 4), (128, 2), (0, 1))
+# Where one row reads two tiles side by side, these come fastest from 56 to 96 KiB apart (docs/measuring.md).
+_HEAD_TILE_BYTES = 96 << 10
 
 
 def tile_vectors(n_out: int, *, even: bool = False) -> int:
     """Vectors of 16 outputs per tile. Depends on the matrix alone, so packed weights suit any worker count."""
     vectors = next(v for least, v in _TILE_WIDTHS if n_out >= least)
     return max(vectors, 2) if even else vectors
+
+
+def head_vectors(n_out: int, k: int, fmt: Format) -> int:
+    """The same of lm_head: narrower where that alone brings a tile below _HEAD_TILE_BYTES.
+
+    Other matrices stay wide, as narrow tiles make prompts slower, of which only the last row meets the head. So do
+    tiles of fewer than 8 bits, which are slower for one row too when they are narrow.
+    """
+    vectors, narrow = tile_vectors(n_out), 2
+    groups = -(-k // fmt.k_multiple)
+    too_wide = groups * fmt.group_bytes(vectors) > _HEAD_TILE_BYTES >= groups * fmt.group_bytes(narrow)
+    return narrow if vectors > narrow and fmt.bits >= 8 and too_wide else vectors
 
 
 def tile_count(n_out: int, vectors: int) -> int:
