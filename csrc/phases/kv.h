@@ -17,9 +17,8 @@ struct Half {
 
 // T: an element of the cache; X: of what meets it, queries and weights, which are rounded in place. A vector is 16
 // steps. kQueries: (row, head) pairs that pass over a chunk at once. kTogether: keys whose values are read even if a
-// query sees only the first of them. kFew: queries of a unit that take two chunks at once and
-// read no value behind the last that they see. kThinkingBytes: of the values of a whole
-// chunk, prefetched while exponentials are computed and no memory is read.
+// query sees only the first of them. kFew: queries of a unit that may take two chunks at once and read no value behind
+// the last that they see. kThinkingBytes: of the values of a whole chunk, prefetched while exponentials are computed.
 template <int STEP>
 struct KvByVectors {
   struct Registers {};

@@ -1,7 +1,8 @@
 // Queries against one chunk of the KV cache by a matrix unit: keys of 16 positions and values of 32 are its operands as
 // they lie in the cache, up to 16 queries or their weights the other. It takes 0.3 us to wake up, so few queries take
 // FMAs in its order: of a product even and odd elements each from zero, then both together. These give the same bits,
-// but for the sign of a zero that ends a chunk, which merging chunks from +0 on takes away.
+// but for the sign of a zero that ends a chunk, which merging chunks from +0 on takes away. Where few queries see all
+// of two chunks, these are met side by side.
 #pragma once
 
 #include "../simd/amx.h"
