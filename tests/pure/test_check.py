@@ -213,7 +213,7 @@ def test_tiles_of_llamas_on_an_h100() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "quant", "head"),
-    [  # bytes of a head tile of 4 vectors: 262144, 133120, 73728 114688, 58240, 73728
+    [  # bytes of a head tile of 4 vectors: 262144, 133120, 73728, 114688, 58240, 73728
         ("llama-3.2-1b", "none", 4),
         ("llama-3.2-1b", "int8-g128", 2),
         ("llama-3.2-1b", "int4-g32", 4),
