@@ -82,7 +82,8 @@ struct CodesInt8 {
   static constexpr AtOnce kAtOnce = V::kCodes;
   static constexpr int64_t kStep = 4;
   static constexpr int kBias = V::kByteBias;  // what `dot` takes codes to be off by
-  static typename V::I dot(typename V::I acc, typename V::Raw bytes, typename V::X4 x) {
+  template <class X4>
+  static typename V::I dot(typename V::I acc, typename V::Raw bytes, X4 x) {
     return V::dot_bytes(acc, bytes, x);
   }
   template <int H>
@@ -97,7 +98,8 @@ struct CodesInt4 {
   static constexpr AtOnce kAtOnce = V::kCodes;
   static constexpr int64_t kStep = 8;
   static constexpr int kBias = 8;
-  static typename V::I dot(typename V::I acc, typename V::Raw bytes, typename V::X4 x) {
+  template <class X4>
+  static typename V::I dot(typename V::I acc, typename V::Raw bytes, X4 x) {
     return V::dot_nibbles(acc, bytes, x);
   }
   template <int H>
@@ -112,7 +114,8 @@ struct CodesNf4 {
   static constexpr AtOnce kAtOnce = V::kLookups;
   static constexpr int64_t kStep = 8;
   static constexpr int kBias = V::kByteBias;
-  static typename V::I dot(typename V::I acc, typename V::Raw bytes, typename V::X4 x) {
+  template <class X4>
+  static typename V::I dot(typename V::I acc, typename V::Raw bytes, X4 x) {
     return V::dot_bytes(acc, bytes, x);
   }
   template <int H>
@@ -157,7 +160,7 @@ inline void four_k(typename V::I (&acc)[R][VS], int v0, const typename V::Raw (&
   typename V::Raw bytes[N];
   for (int v = 0; v < N; ++v) bytes[v] = C::template bytes<H>(weight[v]);
   for (int r = 0; r < R; ++r) {
-    const typename V::X4 four = V::broadcast4(x[r] + k);
+    const auto four = V::template broadcast4<R>(x[r] + k);
     for (int v = 0; v < N; ++v) acc[r][v0 + v] = C::dot(acc[r][v0 + v], bytes[v], four);
   }
 }
@@ -176,24 +179,28 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
       if constexpr (in_registers) total[r][v] = V::load(sums + r * kPad + v * kLanes);
     }
   }
-  for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes) {
+  const int64_t stride = in.stride, group_stride = in.group_stride, scale_group = phase.scale_group;
+  const int8_t* rows = in.x + row * stride + first_group * scale_group;
+  const float* row_scales = in.scales + row * group_stride + first_group;
+  const int32_t* row_sums = in.sums + row * group_stride + first_group;
+  for (int64_t g = 0; g < groups; ++g, w += phase.group_bytes, rows += scale_group, ++row_scales, ++row_sums) {
     const QuantBlock block = quant_block(phase, w, TILE, vector, codes_bytes);
     prefetch_scales<V, TILE>(phase, codes_bytes, vector, ahead);
     const int8_t* x[R];
     typename V::I acc[R][VS];
     for (int r = 0; r < R; ++r) {
-      const int64_t at = (row + r) * in.group_stride + first_group + g;
-      x[r] = in.x + (row + r) * in.stride + (first_group + g) * phase.scale_group;
+      const int64_t at = r * group_stride;
+      x[r] = rows + r * stride;
       if constexpr (A::kTiles == 2) {
         prefetch_input<V>(x[r]);
-        prefetch_input<V, 128>(in.scales + at);
-        prefetch_input<V, 128>(in.sums + at);
+        prefetch_input<V, 128>(row_scales + at);
+        prefetch_input<V, 128>(row_sums + at);
       }
       for (int v = 0; v < VS; ++v) {
         if (block.zeros) {
-          acc[r][v] = V::mul_i(V::load_u8(block.zeros + place<TILE, 16>(v, phase.tile_bytes)), V::set1_i(-in.sums[at]));
+          acc[r][v] = V::mul_i(V::load_u8(block.zeros + place<TILE, 16>(v, phase.tile_bytes)), V::set1_i(-row_sums[at]));
         } else {
-          acc[r][v] = V::set1_i(-C::kBias * in.sums[at]);
+          acc[r][v] = V::set1_i(-C::kBias * row_sums[at]);
         }
       }
     }
@@ -210,11 +217,15 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
         if constexpr (C::kStep == 8) four_k<V, C, 1>(acc, v0, weight, x, s * C::kStep + 4);
       }
     }
+    typename V::F scale[VS];
     for (int v = 0; v < VS; ++v) {
       const char* scales = block.scales + place<TILE, 32>(v, phase.tile_bytes);
-      const typename V::F scale = V::load_f16(reinterpret_cast<const uint16_t*>(scales));
-      for (int r = 0; r < R; ++r) {
-        const typename V::F both = V::mul(scale, V::set1(in.scales[(row + r) * in.group_stride + first_group + g]));
+      scale[v] = V::load_f16(reinterpret_cast<const uint16_t*>(scales));
+    }
+    for (int r = 0; r < R; ++r) {
+      const typename V::F row_scale = V::set1(row_scales[r * group_stride]);
+      for (int v = 0; v < VS; ++v) {
+        const typename V::F both = V::mul(scale[v], row_scale);
         float* sum = sums + r * kPad + v * kLanes;
         if constexpr (in_registers) {
           total[r][v] = V::fma(V::to_f32(acc[r][v]), both, total[r][v]);

@@ -28,10 +28,14 @@ const PhaseTable* table_for_kv(Format kv, bool narrow) {
   return kv == Format::kF32 ? &kTable<V, W, KvF32<V>> : nullptr;
 }
 
+// Instruction sets that multiply bytes.
+template <class V>
+concept Narrow = requires(const int8_t* x) { V::template broadcast4<1>(x); };
+
 template <class V, template <class> class Codes>
 const PhaseTable* table_for_codes(Format kv, bool narrow) {
   if (!narrow) return table_for_kv<V, QuantWide<V, Codes>>(kv, false);
-  if constexpr (requires(typename V::I acc, typename V::Raw w, typename V::X4 x) { V::dot_bytes(acc, w, x); }) {
+  if constexpr (Narrow<V>) {
     return table_for_kv<V, QuantNarrow<V, Codes>>(kv, true);
   }
   return nullptr;

@@ -126,16 +126,17 @@ struct Avx2 {
   static F byte(Raw w) {
     return {byte8<B>(w.a), byte8<B>(w.b)};
   }
-  using X4 = __m256i;  // 4 int8 of a row, in every lane
-  static X4 broadcast4(const int8_t* x) {
+  // 4 int8 of a row, in every lane
+  template <int>
+  static __m256i broadcast4(const int8_t* x) {
     int four;
     __builtin_memcpy(&four, x, 4);
     return _mm256_set1_epi32(four);
   }
   // acc + sum of (byte - 128) * x of 4 bytes of each lane: |w| times x with the sign of w, which cannot saturate
-  static I dot_bytes(I acc, Raw w, X4 x) { return {dot_signed8(acc.a, w.a, x), dot_signed8(acc.b, w.b, x)}; }
+  static I dot_bytes(I acc, Raw w, __m256i x) { return {dot_signed8(acc.a, w.a, x), dot_signed8(acc.b, w.b, x)}; }
   // acc + sum of byte * x, bytes below 16
-  static I dot_nibbles(I acc, Raw w, X4 x) {
+  static I dot_nibbles(I acc, Raw w, __m256i x) {
     const __m256i ones = _mm256_set1_epi16(1);
     return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, x), ones)),
             _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, x), ones))};

@@ -107,16 +107,32 @@ struct Avx512 {
   static F byte(Raw w) {
     return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(w, 8 * B), _mm512_set1_epi32(255)));
   }
-  using X4 = const int8_t*;  // 4 int8 of a row
-  static X4 broadcast4(const int8_t* x) { return x; }
 #ifdef __AVX512VNNI__
-  // acc + sum of 4 unsigned bytes of each lane * x, which the instruction broadcasts: a register that holds it for all
-  // vectors costs an eighth of the bandwidth of memory. By its name: g++ 12 moves accumulators about in the intrinsic.
-  static I dot_bytes(I acc, Raw w, X4 x) {
+  // 4 int8 of a row. Of one row the instruction broadcasts them: a register that holds them for all vectors costs an
+  // eighth of the bandwidth of memory. Several rows would load more than a core can.
+  template <int ROWS>
+  static auto broadcast4(const int8_t* x) {
+    if constexpr (ROWS == 1) {
+      return x;
+    } else {
+      Raw four;
+      asm("vpbroadcastd %1, %0" : "=v"(four) : "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
+      return four;
+    }
+  }
+  // acc + sum of 4 unsigned bytes of each lane * x. By its name: g++ 12 moves accumulators about in the intrinsic.
+  static I dot_bytes(I acc, Raw w, const int8_t* x) {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const int8_t (*)[4]>(x)));
     return acc;
   }
-  static I dot_nibbles(I acc, Raw w, X4 x) { return dot_bytes(acc, w, x); }
+  static I dot_bytes(I acc, Raw w, Raw x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+  }
+  template <class X4>
+  static I dot_nibbles(I acc, Raw w, X4 x) {
+    return dot_bytes(acc, w, x);
+  }
 #endif
   static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }      // into the first level of caches
   static void prefetch_far(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }  // into the second

@@ -170,9 +170,12 @@ struct Portable {
   static F byte(Raw w) {
     return each([&](int i) { return __builtin_convertvector((w.q[i] >> (8 * B)) & 0xFFu, F4); });
   }
-  using X4 = const int8_t*;  // 4 int8 of a row
-  static X4 broadcast4(const int8_t* x) { return x; }
-  static I dot_bytes(I acc, Raw w, X4 x) {
+  // 4 int8 of a row
+  template <int>
+  static const int8_t* broadcast4(const int8_t* x) {
+    return x;
+  }
+  static I dot_bytes(I acc, Raw w, const int8_t* x) {
     for (int i = 0; i < 4; ++i) {
       for (int j = 0; j < 4; ++j) {
         acc.q[i] += __builtin_convertvector((w.q[i] >> (8 * j)) & 0xFFu, I4) * static_cast<int32_t>(x[j]);
@@ -180,7 +183,7 @@ struct Portable {
     }
     return acc;
   }
-  static I dot_nibbles(I acc, Raw w, X4 x) { return dot_bytes(acc, w, x); }
+  static I dot_nibbles(I acc, Raw w, const int8_t* x) { return dot_bytes(acc, w, x); }
   static void prefetch(const char* p) { __builtin_prefetch(p); }            // into the first level of caches
   static void prefetch_far(const char* p) { __builtin_prefetch(p, 0, 2); }  // into the second
   static void prefetch_to_write(const char* p) { __builtin_prefetch(p, 1); }

@@ -49,9 +49,6 @@ void plain(const char* kind, const char* weights) {
   }
 }
 
-template <class T>
-concept Narrow = requires(typename T::I acc, typename T::Raw w, typename T::X4 x) { T::dot_bytes(acc, w, x); };
-
 template <template <class> class Codes>
 void quantized(const char* weights) {
   for (int tile : {1, 2, 4}) {
