@@ -198,7 +198,8 @@ inline void narrow_groups(const Phase& phase, float* sums, const char* w, int64_
       }
       for (int v = 0; v < VS; ++v) {
         if (block.zeros) {
-          acc[r][v] = V::mul_i(V::load_u8(block.zeros + place<TILE, 16>(v, phase.tile_bytes)), V::set1_i(-row_sums[at]));
+          acc[r][v] =
+              V::mul_i(V::load_u8(block.zeros + place<TILE, 16>(v, phase.tile_bytes)), V::set1_i(-row_sums[at]));
         } else {
           acc[r][v] = V::set1_i(-C::kBias * row_sums[at]);
         }
