@@ -6,10 +6,11 @@
 // blocks. While a block is computed, the block that this worker reads next is prefetched, across tiles and phases, in
 // order and at an even pace: every pass takes its share. Where all rows pass at once, a tile is not cut: the tape is
 // one stream (of every nth line where registers do not hold a tile's vectors), which the hardware fetches ahead better
-// than we do. One row has no prefetches, several name the line that is being read, which lets loads run ahead of
-// products. Where a CPU needs to be asked (Forward::software_prefetch), all that pass at once ask for every line twice,
-// early for the second level of caches and late for the first; and one row takes two tiles side by side if registers
-// hold their sums, as two streams come faster than one there (docs/measuring.md).
+// than we do. One row has no prefetches; several name the line that is being read, which lets loads run ahead of
+// products, or of codes, whose arithmetic takes longer, one that is kAhead bytes further on. Where a CPU needs to be
+// asked (Forward::software_prefetch), all that pass at once ask for every line twice, early for the second level of
+// caches and late for the first; and one row takes two tiles side by side if registers hold their sums, as two streams
+// come faster than one there (docs/measuring.md).
 #pragma once
 
 #include <algorithm>
@@ -183,7 +184,7 @@ template <class V, class P>
 struct Plain : P {
   using X = typename P::X;
   static constexpr bool kMatrix = false;
-  static constexpr int64_t kBlock = kBlockBytes;
+  static constexpr int64_t kBlock = kBlockBytes, kAhead = 0;
 
   static Input<X> take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return rows; }
 
@@ -238,7 +239,7 @@ void product_tile(const Phase& phase, float* sums, const char* w, const In& in, 
   if constexpr (!W::kMatrix) {
     if (n_rows == 1) return W::template rows<TILE, 1>(phase, sums, w, in, 0, 0, all, NothingAhead{});
   }
-  if (n_rows <= R) return rows_at_once<V, W, TILE, R>(phase, n_rows, sums, w, in, 0, 0, all, Ahead{w, 64});
+  if (n_rows <= R) return rows_at_once<V, W, TILE, R>(phase, n_rows, sums, w, in, 0, 0, all, Ahead{w + W::kAhead, 64});
 
   const int64_t passes = (n_rows + R - 1) / R, line = (64 + passes - 1) / passes;
   const int64_t at_once = (W::kBlock + phase.group_bytes - 1) / phase.group_bytes;

@@ -295,7 +295,7 @@ template <class V, template <class> class Codes>
 struct QuantNarrow {
   using X = float;
   static constexpr bool kMatrix = false;
-  static constexpr int64_t kBlock = kBlockBytes;
+  static constexpr int64_t kBlock = kBlockBytes, kAhead = 4096;
   static constexpr AtOnce kAtOnce = Codes<V>::kAtOnce;
 
   // Rows of phase.k elements, quantized into scratch.
@@ -324,7 +324,7 @@ template <class V, template <class> class Codes>
 struct QuantWide {
   using X = float;
   static constexpr bool kMatrix = false;
-  static constexpr int64_t kBlock = kBlockBytes;
+  static constexpr int64_t kBlock = kBlockBytes, kAhead = 0;
   static constexpr AtOnce kAtOnce = {V::kWideCodeRows, 1, 1};
 
   // Rows of phase.k elements, zeros behind them up to a whole group.
