@@ -181,6 +181,8 @@ def test_cpu_lists_and_features(tree: Tree) -> None:
     tree.write("proc/cpuinfo", "processor : 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512_vnni avx512_bf16 sse")
     info = topology.cpu_info(tree.root)
     assert (info.model, info.features) == ("Some CPU", ("avx2", "avx512_vnni", "avx512_bf16"))
+    tree.write("proc/cpuinfo", "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: Some CPU\n")
+    assert topology.cpu_info(tree.root).model == "Some CPU, family 26, model 2"
 
 
 @pytest.mark.parametrize(("vendor", "pays"), [("GenuineIntel", True), ("AuthenticAMD", False), (None, False)])

@@ -244,12 +244,23 @@ _KERNEL_FEATURES = re.compile(
 
 
 def cpu_info(root: Path = ROOT) -> CpuInfo:
-    """Name and the features that kernels care about, from /proc/cpuinfo."""
+    """Name and the features that kernels care about, from /proc/cpuinfo.
+
+    x86's family and model numbers belong to the name: a virtual machine's "AMD EPYC" may be any of five generations.
+    """
     text = _text(root / "proc/cpuinfo") or ""
-    name = re.search(r"^(?:model name|Model|CPU part)\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    words = flags[1].split() if flags else []
-    return CpuInfo(name[1].strip() if name else "unknown", tuple(w for w in words if _KERNEL_FEATURES.fullmatch(w)))
+
+    def value(key: str) -> str | None:
+        found = re.search(rf"^(?:{key})\s*:\s*(.+)$", text, re.MULTILINE)
+        return found[1].strip() if found else None
+
+    name = value("model name|Model|CPU part") or "unknown"
+    family, model = value("cpu family"), value("model")
+    words = (value("flags|Features") or "").split()
+    return CpuInfo(
+        f"{name}, family {family}, model {model}" if family and model else name,
+        tuple(w for w in words if _KERNEL_FEATURES.fullmatch(w)),
+    )
 
 
 def software_prefetch(root: Path = ROOT) -> bool:
