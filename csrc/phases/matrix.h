@@ -33,7 +33,8 @@ struct MatrixBf16 {
   };
   static constexpr bool kMatrix = true;
   static constexpr AtOnce kAtOnce = {V::kMatrixRows, V::kPlain.vectors_one_row, 4};
-  static constexpr int64_t kBlock = 2 * kBlockBytes, kAhead = 0;  // sums go to memory and back between blocks
+  static constexpr int64_t kBlock = 2 * kBlockBytes;  // sums go to memory and back between blocks
+  static constexpr int64_t kAhead = 0;
   static constexpr int64_t kSteps = 16;
   static_assert(kBlock % (kSteps * kPad * 4) == 0, "only the end of k may be less than a product");
 
@@ -174,7 +175,7 @@ struct MatrixNarrow {
   };
   static constexpr bool kMatrix = true;
   static constexpr AtOnce kAtOnce = {V::kMatrixRows, Few::kAtOnce.vectors_one_row, 4};
-  static constexpr int64_t kBlock = kBlockBytes, kAhead = 4096;
+  static constexpr int64_t kBlock = kBlockBytes, kAhead = Few::kAhead;
 
   static In take(Worker& worker, const Phase& phase, const Input<float>& rows, int64_t n_rows) {
     static_assert(V::kMatrixRows * kPad <= kScoreRows * kKeyChunk);
