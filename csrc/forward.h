@@ -28,6 +28,10 @@ struct Candidate {
   int32_t token;
 };
 
+// How often what is read in one pass is asked for before, on this CPU. Once: by one row, of codes of 4 bits; a few rows
+// of codes ask once at least.
+enum class Asks : int32_t { kNever, kOnce, kTwice };
+
 struct Forward {
   Model model;
   const Phase* phases;        // (n_phases)
@@ -36,9 +40,9 @@ struct Forward {
   const int64_t* tape_begin;  // (n_workers + 1)
   char* weights;
   char* kv;
-  char* work;              // buffers, rope table, scratch
-  Share* shares;           // (n_workers)
-  bool software_prefetch;  // reads of weights are worth asking for, on this CPU
+  char* work;     // buffers, rope table, scratch
+  Share* shares;  // (n_workers)
+  Asks asks;
   RowArrays row;
   int32_t n_rows, n_groups, n_head_rows;
   Group groups[kMaxStreams];

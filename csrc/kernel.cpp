@@ -28,7 +28,7 @@ Kernel::Kernel(KernelArrays arrays, const PhaseTable& table, const KernelOptions
   forward_.kv = kv;
   forward_.work = work;
   forward_.shares = shares_.data();
-  forward_.software_prefetch = options.software_prefetch;
+  forward_.asks = options.asks;
   const std::size_t n = static_cast<std::size_t>(arrays_.model.n_workers);
   log_entries_.resize(n);
   logs_.resize(n);

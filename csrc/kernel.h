@@ -21,12 +21,12 @@ struct KernelArrays {  // copied
 };
 
 struct KernelOptions {
-  uint32_t spins;          // looks at the counter before a waiter sleeps
-  std::vector<int> cpus;   // see Team
-  uint64_t delay_seed;     // 0: no delays
-  int64_t log_capacity;    // entries per worker; 0: not recording
-  int64_t n_adjustments;   // length of the adjust columns
-  bool software_prefetch;  // see Forward
+  uint32_t spins;         // looks at the counter before a waiter sleeps
+  std::vector<int> cpus;  // see Team
+  uint64_t delay_seed;    // 0: no delays
+  int64_t log_capacity;   // entries per worker; 0: not recording
+  int64_t n_adjustments;  // length of the adjust columns
+  Asks asks;
 };
 
 enum class Outcome { kDone, kBadRow, kNotFinite, kStalled, kForked, kBusy };

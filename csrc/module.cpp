@@ -147,8 +147,7 @@ std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases
                                          const Bytes& tapes, const Column<const int64_t>& tape_begin, Region& weights,
                                          Region& kv, Region& work, const std::vector<Bytes>& columns,
                                          const std::string& isa_name, uint32_t spins, const std::vector<int>& cpus,
-                                         uint64_t delay_seed, int64_t log_capacity, bool software_prefetch,
-                                         nb::object keep) {
+                                         uint64_t delay_seed, int64_t log_capacity, int32_t asks, nb::object keep) {
   KernelArrays arrays;
   arrays.model = records<Model>(model, "model").at(0);
   arrays.phases = records<Phase>(phases, "phases");
@@ -175,8 +174,9 @@ std::unique_ptr<BoundKernel> make_kernel(const Bytes& model, const Bytes& phases
   const int64_t n_adjustments = bind_rows(columns, m.rows, &bound->rows);
   bound->narrow = body.narrow;
   bound->kernel = std::make_unique<Kernel>(
-      std::move(arrays), table, KernelOptions{spins, cpus, delay_seed, log_capacity, n_adjustments, software_prefetch},
-      weights.data(), kv.data(), work.data());
+      std::move(arrays), table,
+      KernelOptions{spins, cpus, delay_seed, log_capacity, n_adjustments, static_cast<Asks>(asks)}, weights.data(),
+      kv.data(), work.data());
   return bound;
 }
 
@@ -332,7 +332,7 @@ NB_MODULE(_cpu, m) {
   nb::class_<BoundKernel>(m, "Kernel")
       .def(nb::new_(&make_kernel), "model"_a, "phases"_a, "schedule"_a, "tapes"_a, "tape_begin"_a, "weights"_a, "kv"_a,
            "work"_a, nb::arg("columns").noconvert(), "isa"_a, "spins"_a, "cpus"_a, "delay_seed"_a, "log_capacity"_a,
-           "software_prefetch"_a, "keep"_a)
+           "asks"_a, "keep"_a)
       .def("forward", &run_forward, "n_rows"_a, "Runs rows[:n_rows]; returns (outcome, detail).")
       .def("log", &read_log, "worker"_a, "[(phase, kind, value, begin)] since the last clear_logs.")
       .def("clear_logs", [](BoundKernel& self) { self.kernel->clear_logs(); })

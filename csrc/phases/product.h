@@ -7,10 +7,10 @@
 // order and at an even pace: every pass takes its share. Where all rows pass at once, a tile is not cut: the tape is
 // one stream (of every nth line where registers do not hold a tile's vectors), which the hardware fetches ahead better
 // than we do. One row has no prefetches; several name the line that is being read, which lets loads run ahead of
-// products, or of codes, whose arithmetic takes longer, one that is kAhead bytes further on. Where a CPU needs to be
-// asked (Forward::software_prefetch), all that pass at once ask for every line twice, early for the second level of
-// caches and late for the first; and one row takes two tiles side by side if registers hold their sums, as two streams
-// come faster than one there (docs/measuring.md).
+// products, or of codes, whose arithmetic takes longer, one that is kAhead bytes further on. Where a CPU gains by more
+// (Forward::asks), one row of 4-bit codes asks as several do; or all that pass at once ask for every line twice, early
+// for the second level of caches and late for the first, and one row takes two tiles side by side if registers hold
+// their sums, as two streams come faster than one there (docs/measuring.md).
 #pragma once
 
 #include <algorithm>
@@ -185,6 +185,7 @@ struct Plain : P {
   using X = typename P::X;
   static constexpr bool kMatrix = false;
   static constexpr int64_t kBlock = kBlockBytes, kAhead = 0;
+  static constexpr bool kOneAsksOnce = false;
 
   static Input<X> take(Worker&, const Phase&, const Input<X>& rows, int64_t) { return rows; }
 
@@ -224,20 +225,21 @@ template <class V, class W, int TILE, class In>
   }
 }
 
-// One tile for all rows. `next`: where this worker reads after this tile. `twice`: see Forward::software_prefetch.
+// One tile for all rows. `next`: where this worker reads after this tile.
 template <class V, class W, int TILE, class In>
 void product_tile(const Phase& phase, float* sums, const char* w, const In& in, int64_t n_rows, const char* next,
-                  bool twice) {
+                  Asks asks) {
   constexpr int R = W::kAtOnce.rows;
   const int64_t all = phase.tile_bytes / phase.group_bytes;
   for (int64_t r = 0; r < n_rows; ++r) {
     for (int v = 0; v < TILE; ++v) V::store(sums + r * kPad + v * kLanes, V::zero());
   }
-  if (n_rows <= R && twice) {
+  if (n_rows <= R && asks == Asks::kTwice) {
     return rows_at_once<V, W, TILE, R>(phase, n_rows, sums, w, in, 0, 0, all, AheadTwice{w});
   }
   if constexpr (!W::kMatrix) {
-    if (n_rows == 1) return W::template rows<TILE, 1>(phase, sums, w, in, 0, 0, all, NothingAhead{});
+    const bool once = W::kOneAsksOnce && asks == Asks::kOnce;
+    if (n_rows == 1 && !once) return W::template rows<TILE, 1>(phase, sums, w, in, 0, 0, all, NothingAhead{});
   }
   if (n_rows <= R) return rows_at_once<V, W, TILE, R>(phase, n_rows, sums, w, in, 0, 0, all, Ahead{w + W::kAhead, 64});
 
@@ -281,9 +283,9 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
   const auto in = W::take(worker, phase, rows, n_rows);
   const char* tiles = worker.take_tape_item() - span.begin * phase.tile_bytes;  // of the phase, one behind the other
   float* sums = worker.sums();
-  const bool twice = worker.forward->software_prefetch;
+  const Asks asks = worker.forward->asks;
   const auto n_tiles = [&](int64_t w) { return worker.span_of(w).end - worker.span_of(w).begin; };
-  const bool pairs = twice && n_rows == 1 && W::kAtOnce.pairs_of(phase.vectors);
+  const bool pairs = asks == Asks::kTwice && n_rows == 1 && W::kAtOnce.pairs_of(phase.vectors);
   const int most = pairs ? 2 : 1, together = pairs ? kTilesTogether : 1;
   const int64_t outputs = phase.vectors * kLanes;
   int64_t summed[kTilesTogether];  // first outputs of tiles that are to be finished
@@ -300,7 +302,7 @@ inline void product(Worker& worker, const Phase& phase, const Span& span, const 
     float* unit_sums = sums + n_summed * outputs;
     const auto multiply = [&]<int TILE>() {
       if (n == 2) return product_two_tiles<V, W, TILE>(phase, unit_sums, tile, in);
-      product_tile<V, W, TILE>(phase, unit_sums, tile, in, n_rows, next, twice);
+      product_tile<V, W, TILE>(phase, unit_sums, tile, in, n_rows, next, asks);
     };
     switch (phase.vectors) {
       case 1:

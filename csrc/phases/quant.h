@@ -296,6 +296,7 @@ struct QuantNarrow {
   using X = float;
   static constexpr bool kMatrix = false;
   static constexpr int64_t kBlock = kBlockBytes, kAhead = 4096;
+  static constexpr bool kOneAsksOnce = Codes<V>::kStep == 8;
   static constexpr AtOnce kAtOnce = Codes<V>::kAtOnce;
 
   // Rows of phase.k elements, quantized into scratch.
@@ -325,6 +326,7 @@ struct QuantWide {
   using X = float;
   static constexpr bool kMatrix = false;
   static constexpr int64_t kBlock = kBlockBytes, kAhead = 0;
+  static constexpr bool kOneAsksOnce = false;
   static constexpr AtOnce kAtOnce = {V::kWideCodeRows, 1, 1};
 
   // Rows of phase.k elements, zeros behind them up to a whole group.

@@ -8,6 +8,7 @@ from pathlib import Path
 from .errors import RequestError
 
 ISAS = ("portable", "avx2", "avx512", "amx", "neon")
+PREFETCHES = ("never", "once", "twice")  # as `Asks` in csrc/forward.h numbers them
 
 
 def isa() -> str | None:
@@ -18,12 +19,12 @@ def isa() -> str | None:
     return value
 
 
-def prefetch(by_default: bool) -> bool:
-    """FLASHFORMER_PREFETCH: whether the CPU kernel asks for weights early. A test hook; changes speed only."""
+def prefetch(by_default: str) -> str:
+    """FLASHFORMER_PREFETCH: how often the CPU kernel asks for weights early. A test hook; changes speed only."""
     value = os.environ.get("FLASHFORMER_PREFETCH")
-    if value not in (None, "on", "off"):
-        raise RequestError(f"FLASHFORMER_PREFETCH={value!r}: expected on or off")
-    return by_default if value is None else value == "on"
+    if value is not None and value not in PREFETCHES:
+        raise RequestError(f"FLASHFORMER_PREFETCH={value!r}: expected one of {', '.join(PREFETCHES)}")
+    return by_default if value is None else value
 
 
 def cache_folder() -> Path | None:

@@ -185,10 +185,21 @@ def test_cpu_lists_and_features(tree: Tree) -> None:
     assert topology.cpu_info(tree.root).model == "Some CPU, family 26, model 2"
 
 
-@pytest.mark.parametrize(("vendor", "pays"), [("GenuineIntel", True), ("AuthenticAMD", False), (None, False)])
-def test_software_prefetch_by_vendor(tree: Tree, vendor: str | None, pays: bool) -> None:
-    tree.write("proc/cpuinfo", "processor\t: 0\n" + (f"vendor_id\t: {vendor}\ncpu family\t: 6\n" if vendor else ""))
-    assert topology.software_prefetch(tree.root) is pays
+@pytest.mark.parametrize(
+    ("vendor", "family", "asks"),
+    [
+        ("GenuineIntel", 6, "twice"),
+        ("AuthenticAMD", 25, "never"),
+        ("AuthenticAMD", 26, "once"),
+        ("Another", 26, "never"),
+        (None, 0, "never"),
+    ],
+)
+def test_software_prefetch_by_vendor_and_family(tree: Tree, vendor: str | None, family: int, asks: str) -> None:
+    tree.write(
+        "proc/cpuinfo", "processor\t: 0\n" + (f"vendor_id\t: {vendor}\ncpu family\t: {family}\n" if vendor else "")
+    )
+    assert topology.software_prefetch(tree.root) == asks
 
 
 def test_this_machine_gets_at_least_one_thread() -> None:

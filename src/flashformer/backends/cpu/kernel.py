@@ -99,7 +99,7 @@ class CpuKernel(Kernel):
             cpus=list(cpus),
             delay_seed=env.delays(),
             log_capacity=log_capacity,
-            software_prefetch=env.prefetch(topology.software_prefetch()),
+            asks=env.PREFETCHES.index(env.prefetch(topology.software_prefetch())),
             keep=(self._weights, kv, work),
         )
         buffers = {b.space: b for b in memory.buffers}
