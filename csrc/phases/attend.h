@@ -8,6 +8,7 @@
 // chunks of a head, prefetched early, and further while exponentials are computed; few queries take two chunks at once.
 #pragma once
 
+#include <algorithm>
 #include <numeric>
 
 #include "heads.h"
@@ -67,8 +68,10 @@ template <class V, class KV>
   }
   const int64_t written = group.first_pos + (group.row_end - group.row_begin) - first_key;
   if (written > 0 && written < kKeyChunk && !has_few<KV>(phase, group)) clear_values<KV>(phase, values, written);
-  static_assert(KV::kQueries <= kScoreRows);
-  Query batch[KV::kQueries];
+  constexpr int kMost = std::max(KV::kQueries, KV::kOneRow);
+  static_assert(kMost <= kScoreRows);
+  const int most = group.row_end - group.row_begin == 1 ? KV::kOneRow : KV::kQueries;
+  Query batch[kMost];
   int n = 0;
   for (int64_t r = group.row_begin; r < group.row_end; ++r) {
     const int64_t pos = group.first_pos + (r - group.row_begin);
@@ -79,7 +82,7 @@ template <class V, class KV>
       take_head<V>(worker, phase, r, h, q);
       batch[n++] = {q, begin > 0 ? begin : 0, end < kKeyChunk ? end : kKeyChunk,
                     forward.partial_index(r, h) + first_key / kKeyChunk};
-      if (n == KV::kQueries) {
+      if (n == most) {
         attend_batch<V, KV>(worker, phase, registers, n, batch, keys, values);
         n = 0;
       }

@@ -16,14 +16,15 @@ struct Half {
 };
 
 // T: an element of the cache; X: of what meets it, queries and weights, which are rounded in place. A vector is 16
-// steps. kQueries: (row, head) pairs that pass over a chunk at once. kTogether: keys whose values are read even if a
-// query sees only the first of them. kFew: queries of a unit that may take two chunks at once and read no value behind
-// the last that they see. kThinkingBytes: of the values of a whole chunk, prefetched while exponentials are computed.
+// steps. kQueries: (row, head) pairs that pass over a chunk at once, kOneRow: heads of a single row. kTogether: keys
+// whose values are read even if a query sees only the first of them. kFew: queries of a unit that may take two chunks
+// at once and read no value behind the last that they see. kThinkingBytes: of the values of a whole chunk, prefetched
+// while exponentials are computed.
 template <int STEP>
 struct KvByVectors {
   struct Registers {};
   static constexpr bool kMatrix = false;
-  static constexpr int kStep = STEP, kQueries = 4, kFew = 0;
+  static constexpr int kStep = STEP, kQueries = 4, kOneRow = STEP > 1 ? 8 : 4, kFew = 0;
   static constexpr int64_t kTogether = STEP, kThinkingBytes = 12288;
 };
 

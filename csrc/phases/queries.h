@@ -164,9 +164,10 @@ inline void weigh_values(const Forward& forward, const Query* query, const typen
   }
 }
 
+// Called: within a larger function g++ keeps what loops count in the stack.
 template <class V, class KV, int P>
-inline void attend_queries(Worker& worker, const Phase& phase, const Query* query, const typename KV::T* keys,
-                           const typename KV::T* values) {
+[[gnu::noinline]] void attend_queries(Worker& worker, const Phase& phase, const Query* query,
+                                      const typename KV::T* keys, const typename KV::T* values) {
   const Forward& forward = *worker.forward;
   if constexpr (KV::kStep > 1) round_queries<V, KV>(phase, query, P);
   constexpr int Q = V::kQueriesAtOnce < P ? V::kQueriesAtOnce : P;
@@ -184,12 +185,20 @@ inline void attend_queries(Worker& worker, const Phase& phase, const Query* quer
   }
   exponentiate_all<V, KV>(worker, phase, query, P, all, scores, values);
   const int64_t stride = phase.head_dim_padded;
-  constexpr int D = V::kValuesAtOnce;
+  constexpr int D = P < 7 ? V::kValuesAtOnce : V::kValuesAtOnce / 2;  // sums and values stay in 32 registers
   int64_t at = 0;
   for (; at + D * kLanes <= stride; at += D * kLanes) {
     weigh_values<V, KV, P, D>(forward, query, values, stride, at, scores);
   }
   for (; at < stride; at += kLanes) weigh_values<V, KV, P, 1>(forward, query, values, stride, at, scores);
+}
+
+// attend_queries of n queries, P or more.
+template <class V, class KV, int P>
+inline void attend_queries_from(Worker& worker, const Phase& phase, int n, const Query* query,
+                                const typename KV::T* keys, const typename KV::T* values) {
+  if (n == P) return attend_queries<V, KV, P>(worker, phase, query, keys, values);
+  if constexpr (P < KV::kOneRow) attend_queries_from<V, KV, P + 1>(worker, phase, n, query, keys, values);
 }
 
 template <class V, class KV>
@@ -198,16 +207,7 @@ inline void attend_batch(Worker& worker, const Phase& phase, typename KV::Regist
   if constexpr (KV::kMatrix) {
     KV::attend_batch(worker, phase, registers, n, query, keys, values);
   } else {
-    switch (n) {
-      case 1:
-        return attend_queries<V, KV, 1>(worker, phase, query, keys, values);
-      case 2:
-        return attend_queries<V, KV, 2>(worker, phase, query, keys, values);
-      case 3:
-        return attend_queries<V, KV, 3>(worker, phase, query, keys, values);
-      case 4:
-        return attend_queries<V, KV, 4>(worker, phase, query, keys, values);
-    }
+    attend_queries_from<V, KV, 1>(worker, phase, n, query, keys, values);
   }
 }
 

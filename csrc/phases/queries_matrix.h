@@ -29,7 +29,7 @@ struct KvBf16Matrix {
   using F = typename V::F;
   using Registers = Shape<V>;
   static constexpr bool kMatrix = true;
-  static constexpr int kStep = 2, kFew = 4, kQueries = V::kMatrixRows;
+  static constexpr int kStep = 2, kFew = 4, kQueries = V::kMatrixRows, kOneRow = kQueries;
   static constexpr int64_t kTogether = V::kMatrixBytes / 2;  // weights in a row of the unit's operand
   static constexpr int64_t kPair = 2 * kLanes;               // elements of the cache in a vector
   static constexpr int64_t kFar = 4096, kNear = 1536;        // bytes

@@ -42,7 +42,9 @@ def test_what_an_earlier_sequence_left_is_not_read(kv: Format, exact: bool, chun
             np.testing.assert_array_equal(prompt_logits(kernel, ids[:n], chunk=chunk), expected[:n])
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 1, 32), (3, 1, 64), (4, 1, 96), (10, 2, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 64), (2, 1, 32), (3, 1, 64), (4, 1, 96), (10, 2, 16), (6, 1, 32), (7, 1, 64), (8, 1, 80)], ids=str
+)
 @pytest.mark.parametrize("isa", ISAS)
 def test_one_query_as_among_others(
     shape: tuple[int, int, int], isa: str | None, monkeypatch: pytest.MonkeyPatch
@@ -50,7 +52,7 @@ def test_one_query_as_among_others(
     """One row and several, so 1 to 64 queries of a head at once, to the end of a context that ends within a block."""
     if isa is not None:
         monkeypatch.setenv("FLASHFORMER_ISA", isa)
-    model = Shape(*shape, 120, 88, 101, layers=2).make(seed=4)
+    model = Shape(*shape, 840, 88, 101, layers=2).make(seed=4)
     ids, found = random_ids(8, 176, 101), dict[tuple[int, int, int], bytes]()
     for ctx, chunks in ((176, (1, 2, 5, 64)), (192, (64,))):
         with cpu_kernel(model, weights=BF16, kv=BF16, streams=2, ctx=ctx) as kernel:
