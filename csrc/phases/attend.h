@@ -8,7 +8,6 @@
 // chunks of a head, prefetched early, and further while exponentials are computed; few queries take two chunks at once.
 #pragma once
 
-#include <algorithm>
 #include <numeric>
 
 #include "heads.h"
@@ -68,10 +67,9 @@ template <class V, class KV>
   }
   const int64_t written = group.first_pos + (group.row_end - group.row_begin) - first_key;
   if (written > 0 && written < kKeyChunk && !has_few<KV>(phase, group)) clear_values<KV>(phase, values, written);
-  constexpr int kMost = std::max(KV::kQueries, KV::kOneRow);
-  static_assert(kMost <= kScoreRows);
+  static_assert(KV::kQueries <= KV::kOneRow && KV::kOneRow <= kScoreRows);
   const int most = group.row_end - group.row_begin == 1 ? KV::kOneRow : KV::kQueries;
-  Query batch[kMost];
+  Query batch[KV::kOneRow];
   int n = 0;
   for (int64_t r = group.row_begin; r < group.row_end; ++r) {
     const int64_t pos = group.first_pos + (r - group.row_begin);
